@@ -1,0 +1,51 @@
+"""The handful of errors that cross our boundary to a harness, each knowing what it means there.
+
+A dialect turns `PolarError.kind` into its provider's status and body shape; nothing else about a provider
+is known here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+ErrorKind = Literal[
+    "bad_request",  # malformed JSON, wrong types, bad compression: the harness's fault
+    "not_found",  # unknown path on a provider's host
+    "too_large",  # body over the configured limit
+    "context_overflow",  # the engine's window is too small for this prompt
+    "overloaded",  # engine down, slow or saturated before the first byte: try again
+    "upstream",  # engine broke after the answer had begun
+    "internal",  # our own bug; recorded, never trained on
+]
+
+
+class PolarError(Exception):
+    """An error with a meaning for the harness.
+
+    Args:
+        kind: what went wrong, in the vocabulary above.
+        message: one sentence for the harness and its user; holds no secrets.
+        retry_after_s: when set, how long the harness should wait before it tries again.
+        status: the engine's own HTTP status where there was one, for the record.
+    """
+
+    def __init__(
+        self, kind: ErrorKind, message: str, *, retry_after_s: int | None = None, status: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.kind: ErrorKind = kind
+        self.message = message
+        self.retry_after_s = retry_after_s
+        self.status = status
+
+
+class EngineUnfit(Exception):
+    """The engine cannot serve token-faithful capture (no token ids, no logprobs, unreachable at start)."""
+
+
+class StoreError(Exception):
+    """A store cannot be opened, read or migrated; the message says what to do."""
+
+
+class SetupError(Exception):
+    """Something this machine lacks (bwrap, node, a user namespace); the message says how to get it."""
