@@ -46,9 +46,14 @@ class StreamEncoder(Protocol):
 
 
 class Dialect(Protocol):
-    """One provider API. `name` is stored on each call, such as `anthropic` or `openai_responses`."""
+    """One provider API. `name` is stored on each call, such as `anthropic` or `openai_responses`.
+
+    `tool_id_prefix` is the provider's prefix of tool-call ids (`toolu`, `call`): the id of tool call number
+    n is `ids.minted(tool_id_prefix, call_id, n)`.
+    """
 
     name: str
+    tool_id_prefix: str
 
     def decode(self, body: bytes, headers: Mapping[str, str], path: str) -> ChatRequest:
         """Provider request (content-decoded bytes) to canonical.

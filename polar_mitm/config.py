@@ -1,0 +1,71 @@
+"""Settings of a capture: one model, from a TOML file, `POLAR_MITM_*` variables, or arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+
+class Settings(BaseSettings):
+    """What a capture can be told. Arguments win over the environment, the environment over the file.
+
+    The sampling fields are the rollout's configuration: they replace what a harness asks for (both are
+    recorded), because behaviour logprobs under a truncated distribution are biased against a trainer's.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="POLAR_MITM_", env_nested_delimiter="__", extra="forbid", toml_file=None
+    )
+
+    engine: str = ""
+    engine_model: str = ""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int | None = Field(default=None, ge=1, description="cap on sampled tokens per call")
+
+    max_body_bytes: int = Field(default=32 << 20, ge=1)
+    connect_timeout_s: float = 5.0
+    head_timeout_s: float = 50.0  # below the 60 s after which the least patient harness gives up
+    head_grace_s: float = 2.0  # how long a 200 is held back, so that a broken engine is still a 529
+    idle_timeout_s: float = 600.0
+    keepalive_s: float = 10.0
+    retry_after_s: int = 5
+
+    hosts: dict[str, str] = Field(default_factory=dict, description="more provider hosts: name -> provider")
+    flush_interval_s: float = 0.005
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def load(file: Path | None = None, **given: Any) -> Settings:
+    """Settings from `file`, the environment and arguments; arguments that are None count as not given.
+
+    Raises:
+        pydantic.ValidationError: a value has the wrong type, or a key is unknown.
+        FileNotFoundError: `file` does not exist.
+    """
+    if file is not None and not file.is_file():
+        raise FileNotFoundError(file)
+
+    class FromFile(Settings):
+        model_config = SettingsConfigDict(toml_file=file)
+
+    return FromFile(**{k: v for k, v in given.items() if v is not None})

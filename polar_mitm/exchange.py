@@ -1,0 +1,311 @@
+"""One intercepted call as a sans-IO machine: request bytes in, wire bytes out, a `ModelCall` at the end.
+
+    exchange = Exchange(...)
+    step = exchange.start(...)            # an UpstreamRequest to send, or a Reply: the call ends here
+    exchange.feed(chunk) -> bytes         # for each chunk of the engine's answer, to be sent at once
+    exchange.finish() -> bytes            # the engine's end: the terminal event, or the whole JSON answer
+    exchange.fail(error), .cancel()       # the other two ways to end
+    exchange.record() -> ModelCall        # what to make durable before the bytes of `finish` are released
+
+Nothing here raises for what a harness or an engine sends, and nothing blocks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from msgspec import Struct
+
+from polar_mitm.config import Settings
+from polar_mitm.dialects.base import Dialect, Reply, StreamEncoder
+from polar_mitm.dialects.ids import minted, new_id
+from polar_mitm.errors import PolarError
+from polar_mitm.types import (
+    CallStatus,
+    ChatRequest,
+    Completion,
+    Delta,
+    Message,
+    ModelCall,
+    Sampling,
+    TextPart,
+    ToolCall,
+    Wire,
+)
+from polar_mitm.upstream import vllm
+from polar_mitm.upstream.engine import EngineInfo
+
+
+class UpstreamRequest(Struct):
+    """What to POST to the engine. `stream` says whether the harness wants the answer as it comes."""
+
+    url: str
+    body: bytes
+    stream: bool
+
+
+class Exchange:
+    """See the module. One instance is one call and is used by one task."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        engine: EngineInfo,
+        settings: Settings,
+        *,
+        rollout_id: str,
+        seq: int,
+        clock: Callable[[], float] = time.time,
+        call_id: str | None = None,
+    ) -> None:
+        self._dialect = dialect
+        self._engine = engine
+        self._settings = settings
+        self._clock = clock
+        self._stream = vllm.ChatStream()
+        self._encoder: StreamEncoder | None = None
+        self._request: ChatRequest | None = None
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: dict[int, tuple[str, list[str]]] = {}
+        self._sent: list[bytes] = []
+        self._begun = False
+        self._error = PolarError("upstream", "the engine failed")
+        self.completion = Completion(Message("assistant"))
+        self.call = ModelCall(
+            call_id=call_id or new_id(),
+            rollout_id=rollout_id,
+            seq=seq,
+            dialect=dialect.name,
+            route="",
+            status="failed",
+            model_served=engine.model,
+            policy_version=engine.policy_version or None,
+            started_at=clock(),
+        )
+        self.ended = False
+        """No further bytes of the engine matter: the call has an outcome."""
+
+    # -- the request ---------------------------------------------------------------------------------
+
+    def start(self, wire: Wire, headers: Mapping[str, str]) -> UpstreamRequest | Reply:
+        """Decode the harness's request (`wire.request_body`, content-decoded)."""
+        call = self.call
+        call.wire = wire
+        call.route = f"{wire.method} {wire.path.partition('?')[0]}"
+        try:
+            request = self._dialect.decode(wire.request_body, headers, wire.path)
+            call.role = self._dialect.role(headers, request)
+            call.sampling_requested = request.sampling
+            call.sampling = self._decide(request.sampling)
+            call.upstream_body = vllm.build_body(request, call.sampling, self._engine)
+        except PolarError as error:
+            return self.refuse(error)
+        except Exception as error:  # a bug of ours must not hang a harness or reach the engine
+            return self.refuse(PolarError("internal", f"cannot translate the request: {error!r}"))
+        call.model_requested = request.model
+        call.stream = request.stream
+        call.notes = request.notes
+        self._request = request
+        if request.stream:
+            self._encoder = self._dialect.encoder(request, call.call_id, call.started_at)
+        return UpstreamRequest(self._engine.url + vllm.CHAT_PATH, call.upstream_body, request.stream)
+
+    def refuse(self, error: PolarError, wire: Wire | None = None) -> Reply:
+        """End the call without the engine: the harness's request cannot be served."""
+        if wire is not None:
+            self.call.wire = wire
+            self.call.route = f"{wire.method} {wire.path.partition('?')[0]}"
+        return self._reply("refused", error)
+
+    def _decide(self, asked: Sampling) -> Sampling:
+        """The rollout's configuration wins. Room for an answer is the engine's window at most."""
+        limits = [n for n in (asked.max_tokens, self._settings.max_tokens) if n is not None]
+        room = min(limits) if limits else None
+        if room is not None and self._engine.max_model_len and room >= self._engine.max_model_len:
+            room = None  # the engine then gives what its window has left
+        ours = self._settings
+        return Sampling(ours.temperature, ours.top_p, ours.top_k, room, asked.stop)
+
+    # -- the answer ----------------------------------------------------------------------------------
+
+    def open(self) -> dict[str, str]:
+        """Headers of the streaming 200, which is now released: from here on errors are stream events."""
+        headers = self._dialect.stream_headers(self.call.call_id)
+        self._head(200, headers)
+        return headers
+
+    def opening(self) -> bytes:
+        """The stream's first bytes, for an engine that is slow to give any; `feed` brings them otherwise."""
+        return self._emit(self._begin())
+
+    def keepalive(self) -> bytes:
+        """Bytes that tell a waiting harness that we live; maybe none."""
+        return self._emit(self._encoder.keepalive()) if self._encoder and not self.ended else b""
+
+    def feed(self, data: bytes) -> bytes:
+        """A chunk from the engine; returns what the harness gets for it, at once."""
+        if self.ended:
+            return b""
+        out: list[bytes] = []
+        try:
+            for delta in self._stream.feed(data):
+                self._absorb(delta)
+                if self._encoder is not None:
+                    out.append(self._begin())
+                    out.append(self._encoder.delta(delta))
+        except PolarError as error:
+            out.append(self._break(error))
+        except Exception as error:
+            out.append(self._break(PolarError("internal", f"cannot translate the answer: {error!r}")))
+        return self._emit(b"".join(out))
+
+    def finish(self) -> bytes | Reply:
+        """The engine's answer has ended: the terminal bytes of a stream, or the whole answer."""
+        if self.ended:
+            return b"" if self._released else self._reply("failed", self._error)
+        if not self._stream.done or self.completion.finish_reason is None:
+            return self.fail(PolarError("upstream", "the engine's answer broke off"))
+        assert self._request is not None
+        self.completion.message = self._message()
+        try:
+            if self._encoder is not None:
+                tail = self._encoder.finish(self.completion)
+            else:
+                reply = self._dialect.encode(
+                    self._request, self.completion, self.call.call_id, self.call.started_at
+                )
+        except Exception as error:
+            return self.fail(PolarError("internal", f"cannot encode the answer: {error!r}"))
+        self._end("ok")
+        if self._encoder is not None:
+            return self._emit(tail)
+        self._keep(reply)
+        return reply
+
+    def reject(self, status: int, body: bytes) -> Reply:
+        """The engine answered with an HTTP error."""
+        return self._reply("failed", vllm.rejection(status, body, self._settings.retry_after_s))
+
+    def fail(self, error: PolarError) -> bytes | Reply:
+        """End the call with an error: in the stream where it has begun, else as a whole answer."""
+        if self._released:
+            return self._emit(self._break(error))
+        return self._reply("failed", self._retryable(error))
+
+    def cancel(self) -> None:
+        """The harness hung up. What was sampled is kept."""
+        if not self.ended:
+            self.completion.message = self._message()
+            self._end("cancelled")
+            self.call.error = "the harness hung up"
+
+    def record(self, *, delivered: bool) -> ModelCall:
+        """The call as a row. `delivered`: the harness's connection took every byte so far."""
+        call, done = self.call, self.completion
+        call.delivered = delivered and call.status == "ok"
+        call.prompt_token_ids = done.prompt_token_ids
+        call.completion_token_ids = done.completion_token_ids
+        call.behaviour_logprobs = done.behaviour_logprobs
+        call.usage = done.usage
+        call.finish_reason = done.finish_reason
+        call.wire.response_body = b"".join(self._sent)
+        return call
+
+    # -- inside --------------------------------------------------------------------------------------
+
+    def _absorb(self, delta: Delta) -> None:
+        done = self.completion
+        if delta.prompt_token_ids is not None:
+            done.prompt_token_ids = delta.prompt_token_ids
+        if delta.token_ids:
+            if self.call.first_token_at is None:
+                self.call.first_token_at = self._clock()
+            done.completion_token_ids += delta.token_ids
+        if delta.logprobs:
+            done.behaviour_logprobs += delta.logprobs
+        if delta.text:
+            self._text.append(delta.text)
+        if delta.reasoning:
+            self._reasoning.append(delta.reasoning)
+        for part in delta.tool_calls:
+            self._calls.setdefault(part.index, (part.name or "", []))[1].append(part.arguments)
+        if delta.finish_reason is not None:
+            done.finish_reason = delta.finish_reason
+            done.stop_reason = delta.stop_reason
+        if delta.usage is not None:
+            done.usage = delta.usage
+
+    def _message(self) -> Message:
+        calls = []
+        for index, (name, fragments) in sorted(self._calls.items()):
+            tool = self._request.find_tool(name) if self._request else None
+            wire_id = minted(self._dialect.tool_id_prefix, self.call.call_id, index)
+            kind, namespace = (tool.kind, tool.namespace) if tool else ("function", None)
+            calls.append(ToolCall(wire_id, tool.name if tool else name, "".join(fragments), kind, namespace))
+        text = "".join(self._text)
+        return Message(
+            "assistant",
+            [TextPart(text)] if text else [],
+            reasoning="".join(self._reasoning) or None,
+            tool_calls=calls,
+        )
+
+    @property
+    def _released(self) -> bool:
+        """The head of a stream is with the harness."""
+        return self._encoder is not None and self.call.wire.status != 0
+
+    def _begin(self) -> bytes:
+        if self._begun or self._encoder is None:
+            return b""
+        self._begun = True
+        return self._encoder.start()
+
+    def _break(self, error: PolarError) -> bytes:
+        """The answer broke: an event in a released stream, else `finish` gives the reply."""
+        if self._released and self._encoder is not None:
+            self._end("failed", error)
+            return self._begin() + self._encoder.error(error)
+        self._error = self._retryable(error)
+        self._end("failed", self._error)
+        return b""
+
+    def _retryable(self, error: PolarError) -> PolarError:
+        """Before the first byte a broken engine is an overloaded one: harnesses wait and try again."""
+        if error.kind != "upstream":
+            return error
+        after = self._settings.retry_after_s
+        return PolarError("overloaded", error.message, retry_after_s=after, status=error.status)
+
+    def _reply(self, status: CallStatus, error: PolarError) -> Reply:
+        self._end(status, error)
+        self._sent.clear()  # whatever was translated before the error was never released
+        self.call.wire.chunk_sizes.clear()
+        self.call.wire.chunk_at_ms.clear()
+        reply = self._dialect.encode_error(error, self.call.call_id)
+        self._keep(reply)
+        return reply
+
+    def _end(self, status: CallStatus, error: PolarError | None = None) -> None:
+        self.ended = True
+        self.call.status = status
+        self.call.ended_at = self._clock()
+        if error is not None:
+            self.call.error = f"{error.kind}: {error.message}"
+
+    def _keep(self, reply: Reply) -> None:
+        self._head(reply.status, reply.headers)
+        self._emit(reply.body)
+
+    def _head(self, status: int, headers: Mapping[str, str]) -> None:
+        self.call.wire.status = status
+        self.call.wire.response_headers = list(headers.items())
+
+    def _emit(self, data: bytes) -> bytes:
+        if data:
+            self._sent.append(data)
+            self.call.wire.chunk_sizes.append(len(data))
+            self.call.wire.chunk_at_ms.append((self._clock() - self.call.started_at) * 1000)
+        return data
