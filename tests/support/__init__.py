@@ -1,0 +1,1 @@
+"""Test doubles shared by the suites: a scripted engine, its tokenizer and its ready scripts."""

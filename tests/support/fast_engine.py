@@ -1,0 +1,143 @@
+"""A vLLM-shaped server for benchmarks: raw asyncio, answers computed before the first request.
+
+Every answer is the same: `num_prompt_tokens` prompt ids, then one SSE event per sampled token, as in vLLM
+0.32. With `chunk_delay_s` 0 the whole stream is one write; otherwise token k leaves k * `chunk_delay_s`
+after the request. Only what a benchmark needs of HTTP/1.1: content-length bodies and keep-alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, Self
+
+CREATED = 1_700_000_000
+MODEL = "scripted"
+
+
+def _events(num_tokens: int, num_prompt_tokens: int) -> list[bytes]:
+    head = {"id": "chatcmpl-0", "object": "chat.completion.chunk", "created": CREATED, "model": MODEL}
+
+    def event(choice: dict[str, Any], **more: Any) -> bytes:
+        payload = {**head, "choices": [{"index": 0, **choice}], **more}
+        return b"data: " + json.dumps(payload, separators=(",", ":")).encode() + b"\n\n"
+
+    prompt = [i % 100_000 for i in range(num_prompt_tokens)]
+    role = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+    events = [event(role, prompt_token_ids=prompt)]
+    for i in range(num_tokens):
+        last = i == num_tokens - 1
+        text = f" tok{i}"
+        token = {"token": text, "logprob": -0.25, "bytes": list(text.encode()), "top_logprobs": []}
+        choice = {
+            "delta": {} if last else {"content": text},
+            "logprobs": {"content": [token]},
+            "finish_reason": "stop" if last else None,
+            "token_ids": [1000 + i],
+        }
+        events.append(event(choice))
+    usage = {
+        "prompt_tokens": num_prompt_tokens,
+        "total_tokens": num_prompt_tokens + num_tokens,
+        "completion_tokens": num_tokens,
+    }
+    tail = {**head, "choices": [], "usage": usage}
+    events.append(b"data: " + json.dumps(tail, separators=(",", ":")).encode() + b"\n\ndata: [DONE]\n\n")
+    return events
+
+
+def _chunked(data: bytes) -> bytes:
+    return f"{len(data):x}\r\n".encode() + data + b"\r\n"
+
+
+def _plain(payload: dict[str, Any]) -> bytes:
+    body = json.dumps(payload).encode()
+    head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+class _Connection(asyncio.Protocol):
+    def __init__(self, engine: FastEngine) -> None:
+        self._engine = engine
+        self._buffer = bytearray()
+        self._timers: list[asyncio.TimerHandle] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in self._timers:
+            timer.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        while (end := self._buffer.find(b"\r\n\r\n")) >= 0:
+            head = bytes(self._buffer[:end]).lower()
+            mark = head.find(b"content-length:")
+            length = int(head[mark + 15 :].split(b"\r\n", 1)[0]) if mark >= 0 else 0
+            if len(self._buffer) < end + 4 + length:
+                return
+            del self._buffer[: end + 4 + length]
+            self._answer(head.split(b" ", 2)[1])
+
+    def _answer(self, path: bytes) -> None:
+        engine = self._engine
+        if path != b"/v1/chat/completions":
+            self._transport.write(engine.others.get(path, engine.others[b"/health"]))
+            return
+        engine.num_calls += 1
+        if engine.chunk_delay_s <= 0:
+            self._transport.write(engine.whole)
+            return
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        self._transport.write(engine.parts[0])
+        self._timers = [
+            loop.call_at(start + k * engine.chunk_delay_s, self._transport.write, part)
+            for k, part in enumerate(engine.parts[1:], 1)
+        ]
+
+
+class FastEngine:
+    """The server, as an async context manager; streams every chat answer, asked for or not."""
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int = 32,
+        num_prompt_tokens: int = 1000,
+        chunk_delay_s: float = 0.0,
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ) -> None:
+        events = [_chunked(event) for event in _events(num_tokens, num_prompt_tokens)]
+        events[0] = (
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+            b"transfer-encoding: chunked\r\n\r\n" + events[0]
+        )
+        events[-1] += b"0\r\n\r\n"
+        self.parts = events
+        self.whole = b"".join(events)
+        self.others = {
+            b"/health": b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
+            b"/version": _plain({"version": "0.32.0"}),
+            b"/v1/models": _plain(
+                {"object": "list", "data": [{"id": MODEL, "object": "model", "max_model_len": 1 << 20}]}
+            ),
+        }
+        self.chunk_delay_s = chunk_delay_s
+        self.num_calls = 0
+        self.url = ""
+        self._host, self._port = host, port
+
+    async def __aenter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: _Connection(self), self._host, self._port, backlog=1024
+        )
+        self.url = f"http://{self._host}:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._server.close()
