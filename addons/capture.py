@@ -1,0 +1,82 @@
+"""What the addons share: one capture, its sessions, and the ways to write something down about them."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import aiohttp
+
+from polar_mitm.config import Settings
+from polar_mitm.dialects.routes import HOSTS
+from polar_mitm.store import Recorder
+from polar_mitm.types import EgressEvent, EgressLayer, EgressVerdict, ModelCall
+from polar_mitm.upstream.engine import EngineInfo
+
+MAX_EVENTS_PER_NAME = 100
+MAX_NAMES = 1000
+
+
+@dataclass
+class Session:
+    """One rollout as the interceptor sees it: which connections are its own, and what it did so far."""
+
+    rollout_id: str
+    num_calls: int = 0
+    num_sampled_tokens: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    seq: int = 0
+
+    def next_seq(self) -> int:
+        self.seq += 1
+        return self.seq - 1
+
+
+@dataclass
+class Capture:
+    """Everything that one interceptor process works with. Nothing in it is reachable from a sandbox."""
+
+    settings: Settings
+    engine: EngineInfo
+    recorder: Recorder
+    http: aiohttp.ClientSession
+    observe: Callable[[ModelCall], None] = lambda call: None
+    default: Session | None = None
+    clients: dict[str, Session] = field(default_factory=dict)
+    spoke: set[str] = field(default_factory=set)
+    """Ids of clients that began TLS or made a request."""
+
+    def provider(self, host: str) -> str | None:
+        """The provider that `host` belongs to; None for a host that nobody may talk to."""
+        host = host.rstrip(".").lower()
+        return self.settings.hosts.get(host) or HOSTS.get(host)
+
+    def session(self, client_id: str) -> Session | None:
+        """Whose connection this is: decided by the listener that accepted it, never by its content."""
+        return self.clients.get(client_id, self.default)
+
+    def egress(
+        self, session: Session, verdict: EgressVerdict, layer: EgressLayer, name: str, detail: str = ""
+    ) -> None:
+        """Record traffic that is no model call. A loop of look-ups is capped per name and in names."""
+        if verdict == "refused":
+            key = name if name in session.refused or len(session.refused) < MAX_NAMES else "(other names)"
+            session.refused[key] += 1
+            if session.refused[key] > MAX_EVENTS_PER_NAME:
+                return
+        event = EgressEvent(session.rollout_id, time.time(), verdict, layer, name[:512], detail[:512])
+        self.recorder.egress(event)
+
+
+def new_http(settings: Settings) -> aiohttp.ClientSession:
+    """The client that talks to the engine: no proxy of the environment, no limit but our own."""
+    return aiohttp.ClientSession(
+        # Engines (uvicorn) close idle connections after 5 s; be the first to.
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s),
+        auto_decompress=True,
+        trust_env=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )

@@ -1,0 +1,272 @@
+"""Addon: model calls. Reads the request, asks the engine, streams the translated answer, records it.
+
+The order that makes the capture trustworthy: every byte but the terminal event goes out as it is made; then
+the record becomes durable; then the terminal event is released.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator
+
+import aiohttp
+from mitmproxy import connection, http
+
+from polar_mitm.compression import decompress, too_large
+from polar_mitm.dialects import DIALECTS
+from polar_mitm.dialects.base import Reply
+from polar_mitm.dialects.routes import route
+from polar_mitm.errors import PolarError
+from polar_mitm.exchange import Exchange, UpstreamRequest
+from polar_mitm.types import Wire
+from polar_mitm_addons.capture import Capture, Session
+from polar_mitm_addons.identify import PROVIDER
+from polar_mitm_addons.replies import stream_head, to_response
+from polar_mitm_addons.streaming import ANSWER, TOO_LARGE, send
+
+logger = logging.getLogger(__name__)
+
+CALL = "polar_call"
+RECORD_TIMEOUT_S = 10.0
+
+
+class Intercept:
+    """One `_Call` per model call; a client that leaves cancels its calls."""
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+        self._live: defaultdict[str, set[_Call]] = defaultdict(set)
+
+    async def request(self, flow: http.HTTPFlow) -> None:
+        provider = flow.metadata.get(PROVIDER)
+        session = self._capture.session(flow.client_conn.id)
+        if flow.response is not None or provider is None or session is None:
+            return
+        upgrade = "upgrade" in flow.request.headers
+        found = route(provider, flow.request.method, flow.request.path, upgrade=upgrade)
+        if found.kind != "model":
+            return
+        exchange = Exchange(
+            DIALECTS[found.dialect],
+            self._capture.engine,
+            self._capture.settings,
+            rollout_id=session.rollout_id,
+            seq=session.next_seq(),
+        )
+        call = _Call(self._capture, session, flow, exchange)
+        calls = self._live[flow.client_conn.id]
+        calls.add(call)
+        flow.metadata[CALL] = call
+        try:
+            flow.response = await call.head()
+        except Exception:  # hooks fail open: whatever happened, the harness gets an answer
+            logger.exception("intercept failed")
+            error = PolarError("internal", "the interceptor failed; see its log")
+            flow.response = to_response(DIALECTS[found.dialect].encode_error(error, exchange.call.call_id))
+        finally:
+            call.task.add_done_callback(lambda _: calls.discard(call))
+
+    def error(self, flow: http.HTTPFlow) -> None:
+        call: _Call | None = flow.metadata.get(CALL)
+        if call is not None:
+            call.cancel()
+
+    def client_disconnected(self, client: connection.Client) -> None:
+        for call in self._live.pop(client.id, ()):
+            call.cancel()
+
+    async def drain(self) -> None:
+        """Wait until every live call is recorded."""
+        tasks = [call.task for calls in self._live.values() for call in calls]
+        if tasks:
+            await asyncio.wait(tasks, timeout=RECORD_TIMEOUT_S)
+
+
+class _Call:
+    """Drives one exchange: a task that lives from the request to the record."""
+
+    def __init__(self, capture: Capture, session: Session, flow: http.HTTPFlow, exchange: Exchange) -> None:
+        self._capture = capture
+        self._session = session
+        self._flow = flow
+        self._exchange = exchange
+        loop = asyncio.get_running_loop()
+        self._head: asyncio.Future[http.Response] = loop.create_future()
+        self._begun: asyncio.Future[None] = loop.create_future()
+        self._last_sent = 0.0
+        self.task = loop.create_task(self._run())
+
+    async def head(self) -> http.Response:
+        """The response to give: a whole one, or the head of a stream."""
+        done, _ = await asyncio.wait({self._head, self.task}, return_when=asyncio.FIRST_COMPLETED)
+        if self._head not in done:  # cancelled, or a bug: `result` then says which
+            self.task.result()
+        return self._head.result()
+
+    def cancel(self) -> None:
+        self.task.cancel()
+
+    async def _run(self) -> None:
+        try:
+            end = await self._converse()
+        except asyncio.CancelledError:
+            self._exchange.cancel()
+            await self._record(delivered=False)
+            if not self._head.done():
+                self._head.set_result(http.Response.make(499))  # for nobody: the client is gone
+            return
+        except Exception as error:
+            logger.exception("a call failed")
+            end = self._exchange.fail(PolarError("internal", f"the interceptor failed: {error!r}"))
+        await asyncio.shield(self._record(delivered=True))
+        if isinstance(end, Reply):
+            if not self._head.done():
+                self._head.set_result(to_response(end))
+        else:
+            await send(self._flow, end, end=True)
+
+    async def _converse(self) -> bytes | Reply:
+        """From the request to the last bytes, which are returned, not sent."""
+        step = self._start()
+        if isinstance(step, Reply):
+            return step
+        settings = self._capture.settings
+        try:
+            async with await self._post(step) as response:
+                if response.status != 200:
+                    return self._exchange.reject(response.status, await response.content.read(1 << 16))
+                chunks = response.content.iter_any()
+                if step.stream:
+                    return await self._relay(chunks)
+                async for chunk in chunks:
+                    self._exchange.feed(chunk)
+                return self._exchange.finish()
+        except TimeoutError:
+            message = f"the engine was silent for {settings.head_timeout_s:.0f} s or more"
+            return self._exchange.fail(PolarError("upstream", message))
+        except (aiohttp.ClientError, OSError) as error:
+            return self._exchange.fail(PolarError("upstream", f"the engine's connection failed: {error}"))
+
+    def _start(self) -> UpstreamRequest | Reply:
+        flow, limit = self._flow, self._capture.settings.max_body_bytes
+        wire = _wire(flow)
+        if TOO_LARGE in flow.metadata:
+            return self._exchange.refuse(too_large(limit), wire)
+        headers = {name.lower(): value for name, value in wire.request_headers}
+        try:
+            raw = flow.request.raw_content or b""
+            wire.request_body = raw  # kept as received where it cannot be decoded
+            wire.request_body = decompress(raw, headers.get("content-encoding", ""), limit)
+        except PolarError as error:
+            return self._exchange.refuse(error, wire)
+        flow.request.raw_content = b""  # the wire record holds it now
+        return self._exchange.start(wire, headers)
+
+    async def _post(self, step: UpstreamRequest) -> aiohttp.ClientResponse:
+        settings = self._capture.settings
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=settings.connect_timeout_s, sock_read=settings.idle_timeout_s
+        )
+        headers = {"content-type": "application/json"}
+
+        async def post() -> aiohttp.ClientResponse:
+            async with asyncio.timeout(settings.head_timeout_s):
+                return await self._capture.http.post(
+                    step.url, data=step.body, headers=headers, timeout=timeout, allow_redirects=False
+                )
+
+        try:
+            return await post()
+        except (aiohttp.ServerDisconnectedError, ConnectionResetError):
+            return await post()  # a kept-alive connection that the engine had just closed
+
+    async def _relay(self, chunks: AsyncIterator[bytes]) -> bytes | Reply:
+        exchange = self._exchange
+        # A 200 is held back for a moment, so that an engine that breaks at once is still a 529.
+        first = asyncio.ensure_future(anext(chunks, b""))
+        try:
+            await asyncio.wait({first}, timeout=self._capture.settings.head_grace_s)
+            if not first.done():
+                await self._release(exchange.open())
+                await self._send(exchange.opening())
+            async with _Ticker(self._capture.settings.keepalive_s, self._keepalive):
+                out = exchange.feed(await first)
+                if not self._head.done():
+                    if exchange.ended or not out:
+                        out += await self._feed_until_output(chunks)
+                    if exchange.ended or not out:
+                        return exchange.finish()
+                    await self._release(exchange.open())
+                await self._send(out)
+                async for chunk in chunks:
+                    await self._send(exchange.feed(chunk))
+                    if exchange.ended:
+                        break
+        finally:
+            first.cancel()
+        return exchange.finish()
+
+    async def _feed_until_output(self, chunks: AsyncIterator[bytes]) -> bytes:
+        while not self._exchange.ended and (chunk := await anext(chunks, b"")):
+            if out := self._exchange.feed(chunk):
+                return out
+        return b""
+
+    async def _release(self, headers: dict[str, str]) -> None:
+        """Let mitmproxy send the head, and wait until it has."""
+        chunked = not self._flow.request.is_http2
+        self._flow.metadata[ANSWER] = lambda: self._begun.done() or self._begun.set_result(None)
+        self._head.set_result(stream_head(headers, chunked=chunked))
+        await self._begun
+
+    async def _send(self, data: bytes) -> None:
+        if data and not await send(self._flow, data):
+            self.task.cancel()  # the client is gone; end at the next await
+        self._last_sent = asyncio.get_running_loop().time()
+
+    async def _keepalive(self) -> None:
+        waited = asyncio.get_running_loop().time() - self._last_sent
+        if self._begun.done() and waited >= self._capture.settings.keepalive_s:
+            await self._send(self._exchange.keepalive())
+
+    async def _record(self, *, delivered: bool) -> None:
+        capture, session = self._capture, self._session
+        call = self._exchange.record(delivered=delivered)
+        session.num_calls += 1
+        session.num_sampled_tokens += len(call.completion_token_ids)
+        capture.observe(call)
+        try:
+            # The recorder has marked the rollout incomplete where this is False: the answer still goes out.
+            await asyncio.wait_for(asyncio.wrap_future(capture.recorder.call(call)), RECORD_TIMEOUT_S)
+        except TimeoutError:
+            logger.error("the store did not take call %s in %.0f s", call.call_id, RECORD_TIMEOUT_S)
+
+
+class _Ticker:
+    """Runs a coroutine every `period_s` while the block runs."""
+
+    def __init__(self, period_s: float, tick) -> None:
+        self._period_s, self._tick = period_s, tick
+
+    async def __aenter__(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._loop())
+
+    async def __aexit__(self, *_) -> None:
+        self._task.cancel()
+
+    async def _loop(self) -> None:
+        while True:
+            await asyncio.sleep(self._period_s)
+            await self._tick()
+
+
+def _wire(flow: http.HTTPFlow) -> Wire:
+    request = flow.request
+    return Wire(
+        method=request.method,
+        host=request.pretty_host,
+        path=request.path,
+        request_headers=list(request.headers.items(multi=True)),
+    )

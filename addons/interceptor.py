@@ -1,0 +1,89 @@
+"""The embedded interceptor: mitmproxy's `Master` with few addons, as an async context manager.
+
+Stock mitmdump spends near half its time in default addons that a capture has no use for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from mitmproxy import options
+from mitmproxy.addons import core, next_layer, proxyserver, tlsconfig
+from mitmproxy.master import Master
+
+from polar_mitm.config import Settings
+from polar_mitm.store import Recorder
+from polar_mitm.types import Rollout
+from polar_mitm.upstream.engine import EngineInfo
+from polar_mitm_addons.capture import Capture, Session, new_http
+from polar_mitm_addons.chain import OPTIONS, Chain
+
+
+class Interceptor:
+    """Serves rollouts until the block ends.
+
+        async with Interceptor(settings, engine, recorder) as interceptor:
+            session = await interceptor.open_rollout(rollout)
+            await interceptor.serve(session, sockets)       # passed out of the sandbox
+            ...
+            await interceptor.close_rollout(session, rollout)
+
+    `ca_pem` is the certificate that the sandbox has to trust. Its key is made anew for each interceptor and
+    lives in a directory that only this user can read.
+    """
+
+    def __init__(self, settings: Settings, engine: EngineInfo, recorder: Recorder) -> None:
+        self._settings, self._engine, self._recorder = settings, engine, recorder
+        self._running: asyncio.Task[None] | None = None
+        self.ca_pem = b""
+
+    async def __aenter__(self) -> Self:
+        # mitmproxy logs a line per connection at INFO.
+        logging.getLogger("mitmproxy").setLevel(logging.WARNING)
+        self._confdir = tempfile.TemporaryDirectory(prefix="polar-mitm-ca-")
+        self.capture = Capture(self._settings, self._engine, self._recorder, new_http(self._settings))
+        self.chain = Chain(self.capture)
+        self._master = Master(options.Options(confdir=self._confdir.name))
+        self._master.addons.add(
+            core.Core(), proxyserver.Proxyserver(), next_layer.NextLayer(), tlsconfig.TlsConfig(), self.chain
+        )
+        self._master.options.update(server=False, **OPTIONS)
+        self.ca_pem = (Path(self._confdir.name) / "mitmproxy-ca-cert.pem").read_bytes()
+        self._running = asyncio.create_task(self._master.run())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.chain.intercept.drain()
+        self._master.shutdown()
+        if self._running is not None:
+            await self._running
+        await self.capture.http.close()
+        self._confdir.cleanup()
+
+    async def open_rollout(self, rollout: Rollout) -> Session:
+        """Record that a rollout begins."""
+        rollout.started_at = rollout.started_at or time.time()
+        rollout.engine, rollout.model = self._engine.url, self._engine.model
+        await asyncio.wrap_future(self._recorder.rollout(rollout))
+        return Session(rollout.rollout_id)
+
+    async def serve(self, session: Session, sockets: list[socket.socket]) -> None:
+        """Accept on sockets that were made inside the rollout's sandbox."""
+        await self.chain.listeners.serve(session, sockets)
+
+    async def close_rollout(self, session: Session, rollout: Rollout) -> None:
+        """Stop serving, record what is in flight, then the rollout's outcome."""
+        await self.chain.listeners.close(session)
+        await self.chain.intercept.drain()
+        rollout.ended_at = time.time()
+        rollout.incomplete = rollout.incomplete or self._recorder.incomplete(rollout.rollout_id)
+        await asyncio.wrap_future(self._recorder.rollout(rollout))

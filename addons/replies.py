@@ -1,0 +1,20 @@
+"""From our replies to mitmproxy's responses."""
+
+from __future__ import annotations
+
+from mitmproxy import http
+
+from polar_mitm.dialects.base import Reply
+
+
+def to_response(reply: Reply) -> http.Response:
+    return http.Response.make(reply.status, reply.body, reply.headers)
+
+
+def stream_head(headers: dict[str, str], *, chunked: bool) -> http.Response:
+    """The head of a streamed 200. HTTP/1.1 needs chunks, HTTP/2 must not have them."""
+    response = http.Response.make(200, b"", headers)
+    response.headers.pop("content-length", None)
+    if chunked:
+        response.headers["transfer-encoding"] = "chunked"
+    return response

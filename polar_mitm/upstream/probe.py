@@ -1,0 +1,136 @@
+"""The start-up probe: an engine that cannot give token ids and logprobs is refused before any rollout.
+
+Ids have vanished silently in several engine versions (streaming with a tool parser) and behind routers that
+drop unknown fields; the probe asks for exactly what a capture asks for, and counts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from polar_mitm.errors import EngineUnfit, PolarError
+from polar_mitm.types import Delta
+from polar_mitm.upstream.engine import EngineInfo
+from polar_mitm.upstream.vllm import CHAT_PATH, ChatStream, rejection
+
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+_PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAA"
+    "AABJRU5ErkJggg=="
+)
+
+
+async def probe(url: str, model: str = "", *, timeout_s: float = 120.0) -> EngineInfo:
+    """Look at the engine at `url` (without `/v1`), as a capture would use it.
+
+    Args:
+        model: which of the engine's models to use; "" takes its first.
+        timeout_s: for each of the probe's requests; a cold engine may compile on the first.
+
+    Raises:
+        EngineUnfit: it does not answer, lacks the model, or does not return the ids and logprobs of every
+            sampled token while streaming with tools. The message says what is missing and how to get it.
+    """
+    url = url.rstrip("/").removesuffix("/v1")
+    async with aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=5), trust_env=False
+    ) as http:
+        try:
+            served = await _get(http, url, "/v1/models")
+            models = {m["id"]: m for m in served["data"]}
+            name = model or next(iter(models))
+            if name not in models:
+                raise EngineUnfit(f"the engine at {url} has no model {name!r}, only {', '.join(models)}")
+            version = (await _get(http, url, "/version", default={})).get("version", "")
+            weights = (await _get(http, url, "/weight_info", default={})).get("weight_version")
+            await _check_stream(http, url, name, tool_choice="required")
+            fingerprint = await _check_stream(http, url, name, tool_choice="auto")
+            images = await _reads_images(http, url, name)
+        except EngineUnfit:
+            raise
+        except PolarError as error:
+            raise EngineUnfit(f"the engine at {url} failed the probe: {error.message}") from error
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            reason = str(error) or type(error).__name__
+            raise EngineUnfit(f"no engine answers at {url}: {reason} (polar-mitm engine up)") from error
+        except (KeyError, TypeError, AttributeError, StopIteration, msgspec.MsgspecError) as error:
+            raise EngineUnfit(f"{url} does not answer as an OpenAI-compatible engine: {error!r}") from error
+    return EngineInfo(
+        url=url,
+        model=name,
+        max_model_len=models[name].get("max_model_len") or 0,
+        version=version,
+        policy_version=str(weights) if weights else f"{name}@{fingerprint or version}",
+        images=images,
+    )
+
+
+async def _get(http: aiohttp.ClientSession, url: str, path: str, default: Any = None) -> Any:
+    async with http.get(url + path) as response:
+        if response.status != 200:
+            if default is not None:
+                return default
+            raise EngineUnfit(f"{url}{path} answered {response.status}: is this a vLLM server?")
+        return msgspec.json.decode(await response.read())
+
+
+async def _check_stream(http: aiohttp.ClientSession, url: str, model: str, tool_choice: str) -> str | None:
+    """Stream an answer with a tool on offer; raise unless every sampled token has its id and logprob."""
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "What is the weather in Paris? Use the tool."}],
+        "tools": [_TOOL],
+        "tool_choice": tool_choice,
+        "max_tokens": 24,
+        "temperature": 1.0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "logprobs": True,
+        "top_logprobs": 0,
+        "return_token_ids": True,
+    }
+    stream, total = ChatStream(), Delta()
+    async with http.post(url + CHAT_PATH, json=body) as response:
+        if response.status != 200:
+            error = rejection(response.status, await response.read(), 0)
+            raise EngineUnfit(f"a streaming tool call (tool_choice {tool_choice}) failed: {error.message}")
+        async for chunk in response.content.iter_any():
+            for delta in stream.feed(chunk):
+                total.prompt_token_ids = total.prompt_token_ids or delta.prompt_token_ids
+                total.token_ids += delta.token_ids
+                total.logprobs += delta.logprobs
+                total.usage = delta.usage or total.usage
+    missing = []
+    if not total.prompt_token_ids:
+        missing.append("prompt_token_ids")
+    if total.usage is None:
+        missing.append("usage")
+    elif len(total.token_ids) != total.usage.completion_tokens:
+        missing.append(f"token_ids of {total.usage.completion_tokens} tokens (got {len(total.token_ids)})")
+    if len(total.logprobs) != len(total.token_ids) or not total.logprobs:
+        missing.append(f"logprobs (got {len(total.logprobs)} for {len(total.token_ids)} ids)")
+    if missing or not stream.done:
+        what = ", ".join(missing) or "the end of the stream"
+        raise EngineUnfit(
+            f"the engine at {url} does not return {what} when streaming with a tool (tool_choice {tool_choice}): "
+            "token-faithful capture needs vLLM >= 0.12 with return_token_ids, reached without a router in between"
+        )
+    return stream.fingerprint
+
+
+async def _reads_images(http: aiohttp.ClientSession, url: str, model: str) -> bool:
+    parts = [{"type": "image_url", "image_url": {"url": _PIXEL}}, {"type": "text", "text": "?"}]
+    body = {"model": model, "messages": [{"role": "user", "content": parts}], "max_tokens": 1}
+    async with http.post(url + CHAT_PATH, json=body) as response:
+        await response.read()
+        return response.status == 200
