@@ -15,8 +15,8 @@ import aiohttp
 from mitmproxy import connection, http
 
 from polar_mitm.compression import decompress, too_large
-from polar_mitm.dialects import DIALECTS
 from polar_mitm.dialects.base import Reply
+from polar_mitm.dialects.registry import DIALECTS
 from polar_mitm.dialects.routes import route
 from polar_mitm.errors import PolarError
 from polar_mitm.exchange import Exchange, UpstreamRequest

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mitmproxy import http
 
-from polar_mitm.dialects import DIALECTS
 from polar_mitm.dialects.ids import new_id
+from polar_mitm.dialects.registry import DIALECTS
 from polar_mitm.dialects.routes import ERROR_DIALECT, route
 from polar_mitm.errors import PolarError
 from polar_mitm_addons.capture import Capture

@@ -1,9 +1,1 @@
-"""Provider wire <-> canonical types. `DIALECTS` holds the one instance of each."""
-
-from __future__ import annotations
-
-from polar_mitm.dialects.anthropic import Anthropic
-from polar_mitm.dialects.base import Dialect
-from polar_mitm.dialects.openai_responses import OpenAIResponses
-
-DIALECTS: dict[str, Dialect] = {d.name: d for d in (Anthropic(), OpenAIResponses())}
+"""Provider wire <-> canonical types, one file per provider. The engine is unknown here."""

@@ -122,8 +122,8 @@ async def _check_stream(http: aiohttp.ClientSession, url: str, model: str, tool_
     if missing or not stream.done:
         what = ", ".join(missing) or "the end of the stream"
         raise EngineUnfit(
-            f"the engine at {url} does not return {what} when streaming with a tool (tool_choice {tool_choice}): "
-            "token-faithful capture needs vLLM >= 0.12 with return_token_ids, reached without a router in between"
+            f"the engine at {url} does not return {what} when streaming with a tool (tool_choice "
+            f"{tool_choice}): capture needs a vLLM that knows return_token_ids, with no router in between"
         )
     return stream.fingerprint
 
