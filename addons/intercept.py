@@ -96,6 +96,7 @@ class _Call:
         self._head: asyncio.Future[http.Response] = loop.create_future()
         self._begun: asyncio.Future[None] = loop.create_future()
         self._last_sent = 0.0
+        self._cancelled = False
         self.task = loop.create_task(self._run())
 
     async def head(self) -> http.Response:
@@ -106,7 +107,10 @@ class _Call:
         return self._head.result()
 
     def cancel(self) -> None:
-        self.task.cancel()
+        """The client is gone. Told twice (`error`, `client_disconnected`), it must not cut the record short."""
+        if not self._cancelled:
+            self._cancelled = True
+            self.task.cancel()
 
     async def _run(self) -> None:
         try:
@@ -223,7 +227,7 @@ class _Call:
 
     async def _send(self, data: bytes) -> None:
         if data and not await send(self._flow, data):
-            self.task.cancel()  # the client is gone; end at the next await
+            self.cancel()  # takes effect at the next await
         self._last_sent = asyncio.get_running_loop().time()
 
     async def _keepalive(self) -> None:

@@ -1,6 +1,7 @@
-"""The embedded interceptor: mitmproxy's `Master` with few addons, as an async context manager.
+"""A running interceptor: `Serving` is what any host of our addons offers, `Interceptor` embeds mitmproxy.
 
-Stock mitmdump spends near half its time in default addons that a capture has no use for.
+Stock mitmdump spends near half its time in default addons that a capture has no use for; the embedded
+`Master` has five of mitmproxy's and ours.
 """
 
 from __future__ import annotations
@@ -26,8 +27,47 @@ from polar_mitm_addons.capture import Capture, Session, new_http
 from polar_mitm_addons.chain import OPTIONS, Chain
 
 
-class Interceptor:
-    """Serves rollouts until the block ends.
+class Serving:
+    """Rollouts on a chain of addons that some mitmproxy hosts."""
+
+    ca_pem = b""
+
+    def __init__(self, settings: Settings, engine: EngineInfo, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.engine = engine
+        self.capture = Capture(settings, engine, recorder, new_http(settings))
+        self.chain = Chain(self.capture)
+
+    async def open_rollout(self, rollout: Rollout) -> Session:
+        """Record that a rollout begins."""
+        rollout.started_at = rollout.started_at or time.time()
+        rollout.engine, rollout.model = self.engine.url, self.engine.model
+        await asyncio.wrap_future(self.recorder.rollout(rollout))
+        return Session(rollout.rollout_id)
+
+    async def serve(self, session: Session, sockets: list[socket.socket]) -> None:
+        """Accept on sockets that were made inside the rollout's sandbox.
+
+        Raises:
+            ValueError: the rollout is being served already.
+        """
+        await self.chain.listeners.serve(session, sockets)
+
+    async def close_rollout(self, session: Session, rollout: Rollout) -> None:
+        """Stop serving, record what is in flight, then the rollout's outcome."""
+        await self.chain.listeners.close(session)
+        await self.chain.intercept.drain()
+        rollout.ended_at = time.time()
+        rollout.incomplete = rollout.incomplete or self.recorder.incomplete(rollout.rollout_id)
+        await asyncio.wrap_future(self.recorder.rollout(rollout))
+
+    async def close(self) -> None:
+        await self.chain.intercept.drain()
+        await self.capture.http.close()
+
+
+class Interceptor(Serving):
+    """`Serving` with a mitmproxy of its own, as an async context manager.
 
         async with Interceptor(settings, engine, recorder) as interceptor:
             session = await interceptor.open_rollout(rollout)
@@ -39,22 +79,15 @@ class Interceptor:
     lives in a directory that only this user can read.
     """
 
-    def __init__(self, settings: Settings, engine: EngineInfo, recorder: Recorder) -> None:
-        self._settings, self._engine, self._recorder = settings, engine, recorder
-        self._running: asyncio.Task[None] | None = None
-        self.ca_pem = b""
-
     async def __aenter__(self) -> Self:
-        # mitmproxy logs a line per connection at INFO.
-        logging.getLogger("mitmproxy").setLevel(logging.WARNING)
+        logging.getLogger("mitmproxy").setLevel(logging.WARNING)  # it logs each connection at INFO
         self._confdir = tempfile.TemporaryDirectory(prefix="polar-mitm-ca-")
-        self.capture = Capture(self._settings, self._engine, self._recorder, new_http(self._settings))
-        self.chain = Chain(self.capture)
-        self._master = Master(options.Options(confdir=self._confdir.name))
+        self._master = Master(options.Options())
         self._master.addons.add(
             core.Core(), proxyserver.Proxyserver(), next_layer.NextLayer(), tlsconfig.TlsConfig(), self.chain
         )
-        self._master.options.update(server=False, **OPTIONS)
+        # Naming the directory makes TlsConfig create the CA in it.
+        self._master.options.update(server=False, confdir=self._confdir.name, **OPTIONS)
         self.ca_pem = (Path(self._confdir.name) / "mitmproxy-ca-cert.pem").read_bytes()
         self._running = asyncio.create_task(self._master.run())
         return self
@@ -62,28 +95,7 @@ class Interceptor:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.chain.intercept.drain()
+        await self.close()
         self._master.shutdown()
-        if self._running is not None:
-            await self._running
-        await self.capture.http.close()
+        await self._running
         self._confdir.cleanup()
-
-    async def open_rollout(self, rollout: Rollout) -> Session:
-        """Record that a rollout begins."""
-        rollout.started_at = rollout.started_at or time.time()
-        rollout.engine, rollout.model = self._engine.url, self._engine.model
-        await asyncio.wrap_future(self._recorder.rollout(rollout))
-        return Session(rollout.rollout_id)
-
-    async def serve(self, session: Session, sockets: list[socket.socket]) -> None:
-        """Accept on sockets that were made inside the rollout's sandbox."""
-        await self.chain.listeners.serve(session, sockets)
-
-    async def close_rollout(self, session: Session, rollout: Rollout) -> None:
-        """Stop serving, record what is in flight, then the rollout's outcome."""
-        await self.chain.listeners.close(session)
-        await self.chain.intercept.drain()
-        rollout.ended_at = time.time()
-        rollout.incomplete = rollout.incomplete or self._recorder.incomplete(rollout.rollout_id)
-        await asyncio.wrap_future(self._recorder.rollout(rollout))

@@ -22,6 +22,7 @@ from mitmproxy.proxy.layers.http import (
     DropStream,
     HttpErrorHook,
     HttpLayer,
+    HttpRequestHeadersHook,
     HttpRequestHook,
     HttpResponseHook,
     HttpStream,
@@ -119,6 +120,8 @@ class AnswerStream(HttpStream):
         size = len(self.request_body_buf) or expected_http_body_size(self.flow.request) or 0
         if size <= limit:
             return False
+        if not self.request_body_buf:  # the length was announced; `requestheaders` has not run yet
+            yield HttpRequestHeadersHook(self.flow)
         self.request_body_buf.clear()
         self.flow.metadata[TOO_LARGE] = size
         yield HttpRequestHook(self.flow)

@@ -1,0 +1,84 @@
+"""Entry point for stock mitmproxy: `mitmdump -s addons/polar.py --set polar_store=F --set polar_engine=URL`.
+
+`polar-mitm addon-path` prints where this file was installed. All modes of mitmproxy work; connections that
+no runner handed over (`polar_control`) belong to the rollout named by `polar_rollout`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from mitmproxy import ctx, exceptions
+from mitmproxy.addonmanager import Loader
+
+from polar_mitm.config import Settings, load
+from polar_mitm.dialects.ids import new_id
+from polar_mitm.errors import EngineUnfit, StoreError
+from polar_mitm.store import Recorder
+from polar_mitm.types import Rollout
+from polar_mitm.upstream.probe import probe
+from polar_mitm_addons.chain import OPTIONS
+from polar_mitm_addons.control import Control
+from polar_mitm_addons.interceptor import Serving
+
+
+class Polar:
+    """Adds the options, and our chain of addons once mitmproxy runs."""
+
+    def __init__(self) -> None:
+        self.addons: list[Any] = []
+        self._serving: Serving | None = None
+        self._control: Control | None = None
+
+    def load(self, loader: Loader) -> None:
+        loader.add_option("polar_store", str, "", "DuckDB file that the capture goes to")
+        loader.add_option("polar_engine", str, "", "URL of the vLLM engine, without /v1")
+        loader.add_option("polar_model", str, "", "Which of the engine's models; its first by default")
+        loader.add_option("polar_config", str, "", "TOML file with further settings")
+        loader.add_option("polar_rollout", str, "", "Rollout that unassigned connections belong to")
+        loader.add_option("polar_control", str, "", "UNIX socket through which runners hand over sandboxes")
+
+    async def running(self) -> None:
+        options = ctx.options
+        try:
+            if not options.polar_store or not options.polar_engine:
+                raise exceptions.OptionsError(
+                    "polar.py needs --set polar_store=FILE and --set polar_engine=URL"
+                )
+            config = Path(options.polar_config) if options.polar_config else None
+            settings: Settings = load(config, engine=options.polar_engine, engine_model=options.polar_model)
+            engine = await probe(settings.engine, settings.engine_model)
+            recorder = Recorder(Path(options.polar_store), flush_interval_s=settings.flush_interval_s)
+            recorder.open()
+        except (EngineUnfit, StoreError, OSError, ValueError, exceptions.OptionsError) as error:
+            # An interceptor that cannot capture must not run as an open proxy.
+            ctx.master.shutdown()
+            raise SystemExit(f"polar-mitm: {error}") from error
+        options.update(**OPTIONS)
+        self._serving = serving = Serving(settings, engine, recorder)
+        rollout = Rollout(options.polar_rollout or new_id(), harness="mitmproxy")
+        self._rollout = rollout
+        serving.capture.default = await serving.open_rollout(rollout)
+        self.addons = serving.chain.addons
+        if options.polar_control:
+            self._control = Control(serving, Path(options.polar_control))
+            self._control.start()
+
+    async def done(self) -> None:
+        serving, self._serving = self._serving, None
+        if serving is None:
+            return
+        if self._control is not None:
+            await self._control.close()
+        self._rollout.status = "completed"
+        if serving.capture.default is not None:
+            await serving.close_rollout(serving.capture.default, self._rollout)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await serving.close()
+        await asyncio.to_thread(serving.recorder.close)
+
+
+addons = [Polar()]
