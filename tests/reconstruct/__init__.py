@@ -1,0 +1,1 @@
+"""Reconstruction, against named cases and a slow oracle."""
