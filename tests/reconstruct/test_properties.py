@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polar_mitm.reconstruct import build
+from polar_mitm.reconstruct import build, forest
 from polar_mitm.types import ModelCall
 from tests.reconstruct.calls import call, checked, cumulative, trained_in
 from tests.reconstruct.oracle import expected
@@ -73,13 +75,22 @@ def test_build_equals_the_slow_oracle(calls: list[ModelCall], include_orphans: b
     assert report.masked == by_reason
 
 
+@settings(max_examples=100, deadline=None)
+@given(conversations())
+def test_hash_collisions_never_make_a_parent(calls: list[ModelCall]) -> None:
+    with mock.patch.object(forest, "_MULTIPLIER", np.uint64(0)):  # every prefix hashes to 0
+        trajectories, _ = checked(calls)
+    paths, _, _ = expected(calls, include_orphans=False)
+    assert [[s.call_id for s in t.spans] for t in trajectories] == paths
+
+
 @settings(max_examples=200, deadline=None)
 @given(conversations(), st.randoms(use_true_random=False))
 def test_arrival_order_does_not_matter_and_the_input_is_left_alone(
-    calls: list[ModelCall], rng: object
+    calls: list[ModelCall], rng: random.Random
 ) -> None:
     shuffled = copy.deepcopy(calls)
-    rng.shuffle(shuffled)  # type: ignore[attr-defined]
+    rng.shuffle(shuffled)
     ours, our_report = build(calls)
     theirs, their_report = build(shuffled)
     assert our_report == their_report
