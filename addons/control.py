@@ -1,8 +1,8 @@
 """The interceptor's door for runners: a UNIX socket through which sandboxes' listeners are handed over.
 
-One connection is one rollout. The runner (never a sandbox) sends `{"op": "open", "rollout": {...}}` with the
-listening sockets attached (SCM_RIGHTS), gets `{"ok": true, "ca": "<PEM>"}`, and ends with `{"op": "close",
-"rollout": {...}}` or by closing the connection, which counts as an interrupted rollout. The socket file is
+One connection is one rollout. The runner (never a sandbox) is greeted with `{"ok": true, "ca": "<PEM>"}`, sends
+`{"op": "open", "rollout": {...}}` with the listening sockets attached (SCM_RIGHTS), and ends with
+`{"op": "close", "rollout": {...}}` or by closing the connection, which counts as an interrupted rollout. The socket file is
 readable and writable by its owner only, the peer's uid is checked too (unix(7), SO_PEERCRED), and no sandbox
 has it in its file system.
 """
@@ -93,6 +93,7 @@ class Control:
         with peer:
             if _peer_uid(peer) not in (0, os.getuid()):
                 return
+            peer.send(msgspec.json.encode(Summary(ca=self._interceptor.ca_pem.decode())))
             try:
                 request, sockets = await _receive(peer)
                 if request.op != "open" or not sockets:
@@ -103,7 +104,7 @@ class Control:
             except (ValueError, msgspec.MsgspecError, OSError) as error:
                 peer.send(msgspec.json.encode(Summary(ok=False, error=str(error))))
                 return
-            peer.send(msgspec.json.encode(Summary(ca=self._interceptor.ca_pem.decode())))
+            peer.send(msgspec.json.encode(Summary()))
             rollout.status = "interrupted"
             try:
                 request, _ = await _receive(peer)
@@ -126,12 +127,13 @@ class Control:
 
 
 class ControlClient:
-    """A runner's side of one rollout; its calls block, briefly."""
+    """A runner's side of one rollout; its calls block, briefly. `ca_pem` is what the sandbox has to trust."""
 
     def __init__(self, path: Path) -> None:
         self._socket = _seqpacket()
         self._socket.settimeout(30)
         self._socket.connect(str(path))
+        self.ca_pem = self._answer().ca.encode()
 
     def open(self, rollout: Rollout, sockets: list[socket.socket]) -> Summary:
         """Hand over a sandbox's listeners.

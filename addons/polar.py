@@ -59,6 +59,8 @@ class Polar:
             raise SystemExit(f"polar-mitm: {error}") from error
         options.update(**OPTIONS)
         self._serving = serving = Serving(settings, engine, recorder)
+        # Made by mitmproxy at its first start; runners need it for their sandboxes.
+        serving.ca_pem = (Path(options.confdir).expanduser() / "mitmproxy-ca-cert.pem").read_bytes()
         rollout = Rollout(options.polar_rollout or new_id(), harness="mitmproxy")
         self._rollout = rollout
         serving.capture.default = await serving.open_rollout(rollout)

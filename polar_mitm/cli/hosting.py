@@ -1,0 +1,101 @@
+"""Where a rollout's traffic goes: an interceptor in this process, or one that runs already."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from polar_mitm.cli.output import say
+from polar_mitm.config import Settings
+from polar_mitm.types import Rollout
+from polar_mitm.upstream.engine import EngineInfo
+
+if TYPE_CHECKING:
+    from polar_mitm_addons.capture import Session
+    from polar_mitm_addons.interceptor import Interceptor
+
+
+@dataclass
+class Served:
+    """What the interceptor saw of a rollout."""
+
+    num_calls: int = 0
+    num_sampled_tokens: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+    incomplete: str | None = None
+
+
+class Host(Protocol):
+    """An interceptor, for one rollout after another or several at once."""
+
+    ca_pem: bytes
+
+    async def open(self, rollout: Rollout, sockets: list[socket.socket]) -> None: ...
+
+    async def close(self, rollout: Rollout) -> Served: ...
+
+
+class EmbeddedHost:
+    """The interceptor runs in this process."""
+
+    def __init__(self, interceptor: Interceptor) -> None:
+        self._interceptor = interceptor
+        self._sessions: dict[str, Session] = {}
+        self.ca_pem = interceptor.ca_pem
+
+    async def open(self, rollout: Rollout, sockets: list[socket.socket]) -> None:
+        session = await self._interceptor.open_rollout(rollout)
+        self._sessions[rollout.rollout_id] = session
+        await self._interceptor.serve(session, sockets)
+
+    async def close(self, rollout: Rollout) -> Served:
+        session = self._sessions.pop(rollout.rollout_id, None)
+        if session is None:
+            return Served()
+        await self._interceptor.close_rollout(session, rollout)
+        return Served(
+            session.num_calls, session.num_sampled_tokens, dict(session.refused), rollout.incomplete
+        )
+
+
+class ControlHost:
+    """The interceptor is another process, behind its control socket. One instance per rollout."""
+
+    def __init__(self, path: Path) -> None:
+        from polar_mitm_addons.control import ControlClient
+
+        self._client = ControlClient(path)
+        self.ca_pem = self._client.ca_pem
+
+    async def open(self, rollout: Rollout, sockets: list[socket.socket]) -> None:
+        await asyncio.to_thread(self._client.open, rollout, sockets)
+        for sock in sockets:
+            sock.close()  # the interceptor has its own descriptors of them
+
+    async def close(self, rollout: Rollout) -> Served:
+        summary = await asyncio.to_thread(self._client.close, rollout)
+        return Served(summary.num_calls, summary.num_sampled_tokens, summary.refused, summary.incomplete)
+
+
+@asynccontextmanager
+async def embedded(settings: Settings, engine: EngineInfo, store: Path) -> AsyncIterator[EmbeddedHost]:
+    """An interceptor in this process, writing to `store`, until the block ends."""
+    from polar_mitm.store import Recorder
+    from polar_mitm_addons.interceptor import Interceptor
+
+    recorder = Recorder(
+        store,
+        flush_interval_s=settings.flush_interval_s,
+        on_alarm=lambda text: say(f"[red]store:[/red] {text}"),
+    )
+    await asyncio.to_thread(recorder.open)
+    try:
+        async with Interceptor(settings, engine, recorder) as interceptor:
+            yield EmbeddedHost(interceptor)
+    finally:
+        await asyncio.to_thread(recorder.close)

@@ -1,0 +1,116 @@
+"""One rollout, start to end: a harness in a sandbox, its traffic to a host. Shared by `run` and `demo`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polar_mitm.cli.hosting import Host
+from polar_mitm.dialects.ids import new_id
+from polar_mitm.types import Rollout
+
+if TYPE_CHECKING:
+    from polar_mitm_sandbox import SandboxSpec
+
+
+@dataclass
+class Outcome:
+    """What `run` tells: the harness's own exit code, and what the interceptor saw."""
+
+    rollout_id: str
+    name: str
+    version: str
+    exit_code: int
+    status: str
+    calls: int
+    sampled_tokens: int
+    refused: list[str]
+    incomplete: str | None
+    seconds: float = 0.0
+
+
+@dataclass
+class Job:
+    """A harness (or any command) to run on a task directory."""
+
+    command: Sequence[str]
+    workdir: Path
+    name: str = ""
+    version: str = ""
+    env: Mapping[str, str] = field(default_factory=dict)
+    home: Mapping[str, str] = field(default_factory=dict)
+    read_only: Sequence[Path] = ()
+    path: Sequence[str] = ()
+    timeout_s: float | None = None
+    never_visible: Sequence[Path] = ()
+    group_id: str | None = None
+    task_id: str | None = None
+    quiet: bool = False
+    """Harness output goes to stderr, because stdout is for a JSON document."""
+
+
+async def run_rollout(job: Job, host: Host) -> Outcome:
+    """Run `job` in a sandbox whose only way out is `host`; the rollout is recorded whatever happens.
+
+    Raises:
+        SetupError: the sandbox cannot be made; nothing was run.
+    """
+    from polar_mitm_sandbox import NamespaceSandbox
+
+    rollout = Rollout(
+        new_id(),
+        group_id=job.group_id,
+        task_id=job.task_id,
+        harness=job.name,
+        harness_version=job.version,
+        command=list(job.command),
+    )
+    sandbox = NamespaceSandbox()
+    rollout.status, rollout.stop_reason = "failed", "the sandbox did not start"
+    served = None
+    try:
+        await sandbox.start(_spec(job, host), lambda sockets: host.open(rollout, sockets))
+        rollout.status, rollout.stop_reason = "interrupted", "the runner was interrupted"
+        rollout.exit_code = await sandbox.wait()
+        rollout.status, rollout.stop_reason = _verdict(rollout.exit_code, sandbox.timed_out)
+    finally:
+        await sandbox.stop()
+        served = await host.close(rollout)
+    return Outcome(
+        rollout_id=rollout.rollout_id,
+        name=job.name,
+        version=job.version,
+        exit_code=rollout.exit_code if rollout.exit_code is not None else -1,
+        status=rollout.status,
+        calls=served.num_calls,
+        sampled_tokens=served.num_sampled_tokens,
+        refused=sorted(served.refused),
+        incomplete=served.incomplete,
+        seconds=round((rollout.ended_at or 0) - rollout.started_at, 3) if rollout.ended_at else 0.0,
+    )
+
+
+def _verdict(exit_code: int, timed_out: bool) -> tuple[Any, str]:
+    if timed_out:
+        return "timeout", "the deadline passed"
+    return ("completed", "exit 0") if exit_code == 0 else ("failed", f"exit {exit_code}")
+
+
+def _spec(job: Job, host: Host) -> SandboxSpec:
+    from polar_mitm_sandbox import SandboxSpec
+
+    return SandboxSpec(
+        command=job.command,
+        workdir=job.workdir,
+        ca_pem=host.ca_pem,
+        env=job.env,
+        home=job.home,
+        read_only=job.read_only,
+        path=job.path,
+        never_visible=job.never_visible,
+        stdout=sys.stderr.fileno() if job.quiet else None,
+        timeout_s=job.timeout_s,
+    )
