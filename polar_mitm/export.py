@@ -1,0 +1,155 @@
+"""Trajectories and calls as Parquet files (zstd), for trainers and for any other reader.
+
+The two schemas below are the contract: the file names the one it follows under the metadata key
+`polar_mitm.schema`, and each column whose name does not say it all has a `doc`. Raw wire is not exported: it
+holds people's prompts in full, and the store keeps it. A file appears under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from polar_mitm.reconstruct import Trajectory
+from polar_mitm.types import ModelCall
+
+_ROWS_PER_GROUP = 64  # a row may hold 100,000 tokens, and a reader holds a whole group
+T = TypeVar("T")
+
+
+def _field(name: str, kind: Any, doc: str = "") -> Any:
+    return pa.field(name, kind, metadata={"doc": doc} if doc else None)
+
+
+_IDS, _LOGPROBS = pa.list_(pa.int32()), pa.list_(pa.float32())
+_SPAN = pa.struct(
+    [
+        _field("call_id", pa.string()),
+        _field("start", pa.int32(), "first token that the call's prompt added"),
+        _field("sampled_start", pa.int32(), "first sampled token"),
+        _field("end", pa.int32(), "one past the last sampled token"),
+        _field("mask_reason", pa.string(), "why its sampled tokens are masked here; null: they train"),
+        _field("truncated", pa.bool_(), "cancelled, or cut by length"),
+        _field("policy_version", pa.string()),
+    ]
+)
+TRAJECTORIES = pa.schema(
+    [
+        _field("trajectory_id", pa.string(), "the id of its last call"),
+        _field("rollout_id", pa.string()),
+        _field("group_id", pa.string(), "the rollouts of one task under one policy"),
+        _field("role", pa.string(), "of its last call: main, subagent, auxiliary, compaction"),
+        _field("num_tokens", pa.int32(), "T"),
+        _field("num_trained", pa.int32(), "the sum of loss_mask"),
+        _field("token_ids", _IDS, "[T]"),
+        _field("loss_mask", pa.list_(pa.uint8()), "[T] 1 where a sampled token trains"),
+        _field("behaviour_logprobs", _LOGPROBS, "[T] nats, as the engine gave them; 0.0 where masked"),
+        _field("policy_version_min", pa.string(), "over the spans that train"),
+        _field("policy_version_max", pa.string(), "over the spans that train"),
+        _field("spans", pa.list_(_SPAN), "the calls, root first; they tile 0..T"),
+    ],
+    metadata={"polar_mitm.schema": "trajectories/1"},
+)
+_SAMPLING = pa.struct(
+    [
+        ("temperature", pa.float64()),
+        ("top_p", pa.float64()),
+        ("top_k", pa.int64()),
+        ("max_tokens", pa.int64()),
+        ("stop", pa.list_(pa.string())),
+    ]
+)
+_USAGE = pa.struct(
+    [(f"{kind}_tokens", pa.int64()) for kind in ("prompt", "completion", "cached", "reasoning")]
+)
+CALLS = pa.schema(
+    [
+        *(_field(name, pa.string()) for name in ("call_id", "rollout_id")),
+        _field("seq", pa.int64(), "order of arrival within the rollout"),
+        _field("role", pa.string(), "main, subagent, auxiliary, compaction"),
+        _field("status", pa.string(), "ok, cancelled, failed, refused"),
+        _field("parent_call_id", pa.string(), "recorded lineage; reconstruction goes by the ids"),
+        *(_field(n, pa.string()) for n in ("dialect", "route", "model_requested", "model_served")),
+        _field("stream", pa.bool_()),
+        _field("delivered", pa.bool_(), "the whole answer was handed to the harness"),
+        *(_field(name, pa.string()) for name in ("finish_reason", "error")),
+        _field("policy_version", pa.string(), "the engine's own word for its weights"),
+        _field("sampling_requested", _SAMPLING, "what the harness asked for"),
+        _field("sampling", _SAMPLING, "what the engine was told"),
+        _field("notes", pa.list_(pa.string()), "what translation left out on purpose"),
+        _field("prompt_token_ids", _IDS, "[P]"),
+        _field("completion_token_ids", _IDS, "[C]"),
+        _field("behaviour_logprobs", _LOGPROBS, "[C] nats"),
+        _field("usage", _USAGE, "the engine's own count"),
+        _field("started_at", pa.float64(), "Unix seconds"),
+        _field("first_token_at", pa.float64(), "Unix seconds"),
+        _field("ended_at", pa.float64(), "Unix seconds"),
+    ],
+    metadata={"polar_mitm.schema": "calls/1"},
+)
+
+
+def export_trajectories(
+    trajectories: Iterable[Trajectory], path: str | os.PathLike[str], *, force: bool = False
+) -> int:
+    """Write trajectories to `path` in the schema `TRAJECTORIES`; return how many.
+
+    Raises:
+        FileExistsError: `path` exists and `force` is not set.
+        OSError: the file cannot be written; what was at `path` before is still there.
+    """
+    return _write(trajectories, _trajectory_row, TRAJECTORIES, Path(path), force)
+
+
+def export_calls(calls: Iterable[ModelCall], path: str | os.PathLike[str], *, force: bool = False) -> int:
+    """Write calls to `path` in the schema `CALLS`; return how many. `calls` is read once, in pieces.
+
+    Raises:
+        FileExistsError: `path` exists and `force` is not set.
+        OSError: the file cannot be written; what was at `path` before is still there.
+    """
+    return _write(calls, _call_row, CALLS, Path(path), force)
+
+
+def _trajectory_row(trajectory: Trajectory) -> Mapping[str, Any]:
+    row = {name: getattr(trajectory, name, None) for name in TRAJECTORIES.names}
+    row["num_tokens"] = trajectory.token_ids.size
+    row["spans"] = [asdict(span) for span in trajectory.spans]
+    return row
+
+
+def _call_row(call: ModelCall) -> Mapping[str, Any]:
+    row = {name: getattr(call, name) for name in CALLS.names}
+    for name in ("sampling_requested", "sampling", "usage"):
+        row[name] = msgspec.structs.asdict(row[name])
+    return row
+
+
+def _write(
+    items: Iterable[T], to_row: Callable[[T], Mapping[str, Any]], schema: Any, path: Path, force: bool
+) -> int:
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    num_rows, rest = 0, iter(items)
+    try:
+        with partial.open("xb") as file:
+            with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+                while rows := [to_row(item) for item in islice(rest, _ROWS_PER_GROUP)]:
+                    writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+                    num_rows += len(rows)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return num_rows
