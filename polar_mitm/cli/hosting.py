@@ -44,20 +44,20 @@ class EmbeddedHost:
     """The interceptor runs in this process."""
 
     def __init__(self, interceptor: Interceptor) -> None:
-        self._interceptor = interceptor
+        self.interceptor = interceptor
         self._sessions: dict[str, Session] = {}
         self.ca_pem = interceptor.ca_pem
 
     async def open(self, rollout: Rollout, sockets: list[socket.socket]) -> None:
-        session = await self._interceptor.open_rollout(rollout)
+        session = await self.interceptor.open_rollout(rollout)
         self._sessions[rollout.rollout_id] = session
-        await self._interceptor.serve(session, sockets)
+        await self.interceptor.serve(session, sockets)
 
     async def close(self, rollout: Rollout) -> Served:
         session = self._sessions.pop(rollout.rollout_id, None)
         if session is None:
             return Served()
-        await self._interceptor.close_rollout(session, rollout)
+        await self.interceptor.close_rollout(session, rollout)
         return Served(
             session.num_calls, session.num_sampled_tokens, dict(session.refused), rollout.incomplete
         )

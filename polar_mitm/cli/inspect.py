@@ -56,13 +56,7 @@ def calls(store: StoreOption, rollout: RolloutOption = None, json: JsonFlag = Fa
         )
         for c in found
     ]
-    columns = ["call", "rollout", "seq", "role", "dialect", "status"] + [
-        "prompt",
-        "sampled",
-        "first ms",
-        "tok/s",
-        "outcome",
-    ]
+    columns = "call rollout seq role dialect status prompt sampled first_ms tok/s outcome".split()
     print_table(f"{len(found)} calls", columns, rows)
     for r in rollouts:
         if r.incomplete and rollout in (None, r.rollout_id):
@@ -108,7 +102,7 @@ def show(
 
 
 def reconstruct(store: StoreOption, rollout: RolloutOption = None, json: JsonFlag = False) -> None:
-    """Rebuild trajectories and account for every sampled token. Exit code 1 if the account does not add up."""
+    """Rebuild trajectories and account for every sampled token; exit code 1 if that does not add up."""
     reports, built = [], 0
     for r, found in _rollouts(store, rollout):
         from polar_mitm.reconstruct import build
@@ -123,16 +117,7 @@ def reconstruct(store: StoreOption, rollout: RolloutOption = None, json: JsonFla
             (i, n, r.num_calls, r.sampled, r.trained, r.num_masked, r.num_quarantined, _reasons(r))
             for i, n, r in reports
         ]
-        columns = [
-            "rollout",
-            "trajectories",
-            "calls",
-            "sampled",
-            "trained",
-            "masked",
-            "quarantined",
-            "reasons",
-        ]
+        columns = "rollout trajectories calls sampled trained masked quarantined reasons".split()
         print_table(f"{built} trajectories of {len(reports)} rollouts", columns, rows)
     if not all(r.adds_up for _, _, r in reports):
         fail("the account does not add up: sampled != trained + masked + quarantined", code=1)
