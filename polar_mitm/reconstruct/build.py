@@ -44,7 +44,7 @@ def build(
     }
     masked = [reason for reason, included in switches.items() if not included]
 
-    nodes, refused = admit(calls, incomplete=rollout is not None and rollout.incomplete is not None)
+    nodes, kept_out = admit(calls, incomplete=rollout is not None and rollout.incomplete is not None)
     link(nodes)
     mark_orphans(nodes)
     trajectories = flatten(nodes, masked, rollout.group_id if rollout else None)
@@ -54,7 +54,7 @@ def build(
         if reason := mask_reason(node, masked):
             masked_tokens[reason] += num_sampled(node.call)
     quarantined_tokens: Counter[QuarantineReason] = Counter()
-    for call, why in refused:
+    for call, why in kept_out:
         quarantined_tokens[why] += num_sampled(call)
     report = BuildReport(
         rollout_id=next(iter(rollout_ids), ""),
@@ -64,6 +64,6 @@ def build(
         trained=sum(t.num_trained for t in trajectories),
         masked=dict(sorted(masked_tokens.items())),
         quarantined=dict(sorted(quarantined_tokens.items())),
-        quarantined_calls=tuple(sorted((call.call_id, why) for call, why in refused)),
+        quarantined_calls=tuple(sorted((call.call_id, why) for call, why in kept_out)),
     )
     return trajectories, report

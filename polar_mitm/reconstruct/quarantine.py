@@ -29,19 +29,18 @@ def admit(
         incomplete: the rollout's record has holes, so nothing of it is admitted.
     """
     copies = Counter(call.call_id for call in calls)
-    nodes, refused = [], []
+    nodes: list[Node] = []
+    kept_out: list[tuple[ModelCall, QuarantineReason]] = []
     for call in calls:
-        reason: QuarantineReason | None = None
         if incomplete:
-            reason = "incomplete_rollout"
+            kept_out.append((call, "incomplete_rollout"))
         elif copies[call.call_id] > 1:
-            reason = "duplicate_call_id"
-        node_or_reason = reason or _examine(call)
-        if isinstance(node_or_reason, Node):
-            nodes.append(node_or_reason)
+            kept_out.append((call, "duplicate_call_id"))
+        elif isinstance(found := _examine(call), Node):
+            nodes.append(found)
         else:
-            refused.append((call, node_or_reason))
-    return nodes, refused
+            kept_out.append((call, found))
+    return nodes, kept_out
 
 
 def _examine(call: ModelCall) -> Node | QuarantineReason:

@@ -13,6 +13,8 @@ from typing import Any, Self
 
 CREATED = 1_700_000_000
 MODEL = "scripted"
+_STREAM = (b'"stream":true', b'"stream": true')
+_NOT_FOUND = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
 
 
 def _events(num_tokens: int, num_prompt_tokens: int) -> list[bytes]:
@@ -78,13 +80,14 @@ class _Connection(asyncio.Protocol):
             length = int(head[mark + 15 :].split(b"\r\n", 1)[0]) if mark >= 0 else 0
             if len(self._buffer) < end + 4 + length:
                 return
+            wants_stream = any(self._buffer.find(mark, end, end + 4 + length) > 0 for mark in _STREAM)
             del self._buffer[: end + 4 + length]
-            self._answer(head.split(b" ", 2)[1])
+            self._answer(head.split(b" ", 2)[1], wants_stream)
 
-    def _answer(self, path: bytes) -> None:
+    def _answer(self, path: bytes, wants_stream: bool) -> None:
         engine = self._engine
-        if path != b"/v1/chat/completions":
-            self._transport.write(engine.others.get(path, engine.others[b"/health"]))
+        if path != b"/v1/chat/completions" or not wants_stream:
+            self._transport.write(engine.others.get(path, _NOT_FOUND))
             return
         engine.num_calls += 1
         if engine.chunk_delay_s <= 0:
@@ -100,7 +103,7 @@ class _Connection(asyncio.Protocol):
 
 
 class FastEngine:
-    """The server, as an async context manager; streams every chat answer, asked for or not."""
+    """The server, as an async context manager. It knows streaming chat only; anything else is a 404."""
 
     def __init__(
         self,

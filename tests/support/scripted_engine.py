@@ -5,7 +5,8 @@ The wire shapes are those of vLLM 0.32 (`/v1/chat/completions`, `/v1/models`, `/
 `logprobs.content`, also where the delta is empty because a parser holds the text back; then usage, then
 `[DONE]`. As in vLLM, ids, logprobs and usage come only when asked for, and
 `kv_transfer_params.prompt_token_ids` replaces the rendered prompt. What is answered is up to a `Script`;
-`calls` is the engine's own record of what it sampled.
+`calls` is the engine's own record of what it sampled; clear it (after a probe, say) and the script's count
+starts anew.
 
     async with ScriptedEngine(write_file_in_two_turns("hello.txt", "hi")) as engine:
         ...  # engine.url, engine.calls
@@ -40,10 +41,12 @@ class ScriptedEngine:
         port: int = 0,
         model: str = "scripted",
         max_model_len: int = 1 << 20,
+        images: bool = False,
     ) -> None:
         self.script = script or always(Answer(text="ok"))
         self.model = model
         self.max_model_len = max_model_len
+        self.images = images
         self.calls: list[EngineCall] = []
         self.url = ""
         self._host, self._port = host, port
@@ -111,6 +114,13 @@ class ScriptedEngine:
             return _error(400, "BadRequestError", "Invalid JSON")
         if body.get("model", self.model) != self.model:
             return _error(404, "NotFoundError", f"The model `{body['model']}` does not exist.", param="model")
+        if not self.images and any(
+            part.get("type") == "image_url"
+            for message in body["messages"]
+            if isinstance(message.get("content"), list)
+            for part in message["content"]
+        ):
+            return _error(400, "BadRequestError", f"{self.model} is not a multimodal model")
         prompt_ids = (body.get("kv_transfer_params") or {}).get("prompt_token_ids") or byte_tokens.encode(
             byte_tokens.render(body["messages"], body.get("tools"))
         )

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from polar_mitm.errors import EngineUnfit
+from polar_mitm.upstream.probe import probe
 from tests.support import byte_tokens
 from tests.support.fast_engine import FastEngine
 from tests.support.scripted_engine import ScriptedEngine
@@ -183,6 +185,9 @@ async def test_errors_before_the_first_byte() -> None:
             assert answer.status == 400 and "maximum context length" in await answer.text()
         async with session.post(url, data=b"{") as answer:
             assert answer.status == 400
+        picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+        async with session.post(url, json={"messages": [{"role": "user", "content": [picture]}]}) as answer:
+            assert answer.status == 400 and "not a multimodal model" in await answer.text()
 
 
 async def test_length_cuts_the_answer() -> None:
@@ -221,7 +226,8 @@ async def test_fast_engine_streams_its_tokens_over_kept_connections(chunk_delay_
             ids, logprobs = sampled(events)
             assert len(ids) == len(logprobs) == 5
             assert events[-2]["usage"]["completion_tokens"] == 5 and events[-1] == "[DONE]"
-    assert engine.num_calls == 2
+        assert engine.num_calls == 2
+        assert (await probe(engine.url)).model == "scripted"
 
 
 @pytest.mark.parametrize("mode", [[], ["--fast"]])
@@ -235,3 +241,12 @@ async def test_command_line_prints_its_url_and_answers(mode: list[str]) -> None:
     finally:
         process.terminate()
         await process.wait()
+
+
+async def test_the_start_up_probe_accepts_it_and_refuses_it_when_it_loses_tokens() -> None:
+    async with ScriptedEngine() as engine:
+        assert (await probe(engine.url)).model == "scripted"
+    for loss in ("omit_token_ids", "omit_logprobs", "omit_prompt_token_ids"):
+        async with ScriptedEngine(always(Answer(**{loss: True}))) as engine:
+            with pytest.raises(EngineUnfit):
+                await probe(engine.url)
