@@ -65,9 +65,14 @@ def _functions(request: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _filler(schema: dict[str, Any]) -> Any:
-    return {"boolean": False, "integer": 1, "number": 1, "array": [], "object": {}}.get(
-        schema.get("type", "string"), (schema.get("enum") or ["Write the file"])[0]
-    )
+    """A harmless value that fits a required parameter; null where null will do."""
+    union = schema.get("anyOf") or schema.get("oneOf") or []
+    kinds = schema.get("type", [option.get("type") for option in union] or "string")
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if "null" in kinds:
+        return None
+    values = {"boolean": False, "integer": 1, "number": 1, "array": [], "object": {}}
+    return values.get(kinds[0], (schema.get("enum") or ["Write the file"])[0])
 
 
 def shell_call(request: dict[str, Any], command: str) -> tuple[str, str] | None:

@@ -116,7 +116,16 @@ async def test_next_prompt_extends_this_prompt_and_its_sampled_tokens() -> None:
             tool("exec", input={"type": "string"}),
             {"input": 'const r = await tools.exec_command({cmd:"ls -l"}); text(r);'},
         ),
-        (tool("run_it", command={"type": "string"}), {"command": "ls -l"}),
+        (
+            tool(
+                "run_it",
+                command={"type": "string"},
+                timeout={"anyOf": [{"type": "number"}, {"type": "null"}]},
+                retries={"type": ["integer", "null"]},
+                mode={"enum": ["fast", "slow"]},
+            ),
+            {"command": "ls -l", "timeout": None, "retries": None, "mode": "fast"},
+        ),
     ],
 )
 def test_shell_call_fits_each_harness(offered: dict[str, Any], expected: dict[str, Any]) -> None:
