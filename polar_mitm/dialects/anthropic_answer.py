@@ -99,7 +99,11 @@ def _input(arguments: str) -> msgspec.Raw | dict[str, Any]:
     try:
         _is_object(arguments)
     except (msgspec.MsgspecError, RecursionError):
-        return {"__unparsedToolInput": {"raw": arguments, "len": len(arguments)}} if arguments.strip() else {}
+        return (
+            {"__unparsedToolInput": {"raw": arguments, "len": len(arguments.encode())}}
+            if arguments.strip()
+            else {}
+        )
     return msgspec.Raw(arguments.encode())
 
 
@@ -146,8 +150,9 @@ def _event(data: dict[str, Any]) -> bytes:
 class AnthropicStream:
     """The `StreamEncoder` of Anthropic Messages: one open content block at a time, numbered in order.
 
-    An answer without any content gets one empty text block: harnesses take a message without blocks for a
-    broken stream. `start` cannot know the prompt's length; the final `message_delta` carries the counts.
+    An answer without any content gets one empty text block, for clients that read `content[0]`; Claude Code,
+    pi and opencode treat it as they treat no blocks at all. `start` cannot know the prompt's length: the
+    final `message_delta` carries the counts.
     """
 
     def __init__(self, request: ChatRequest, call_id: str) -> None:
