@@ -56,7 +56,7 @@ def calls(store: StoreOption, rollout: RolloutOption = None, json: JsonFlag = Fa
         )
         for c in found
     ]
-    columns = "call rollout seq role dialect status prompt sampled first_ms tok/s outcome".split()
+    columns = "call rollout seq role dialect status prompt sampled first_ms tok/s outcome"
     print_table(f"{len(found)} calls", columns, rows)
     for r in rollouts:
         if r.incomplete and rollout in (None, r.rollout_id):
@@ -86,7 +86,7 @@ def show(
     if tokens:
         print_table(
             "sampled tokens",
-            ["position", "id", "logprob"],
+            "position id logprob",
             list(
                 zip(
                     range(len(found.prompt_token_ids), 1 << 62),
@@ -117,7 +117,7 @@ def reconstruct(store: StoreOption, rollout: RolloutOption = None, json: JsonFla
             (i, n, r.num_calls, r.sampled, r.trained, r.num_masked, r.num_quarantined, _reasons(r))
             for i, n, r in reports
         ]
-        columns = "rollout trajectories calls sampled trained masked quarantined reasons".split()
+        columns = "rollout trajectories calls sampled trained masked quarantined reasons"
         print_table(f"{built} trajectories of {len(reports)} rollouts", columns, rows)
     if not all(r.adds_up for _, _, r in reports):
         fail("the account does not add up: sampled != trained + masked + quarantined", code=1)

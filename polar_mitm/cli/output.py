@@ -30,10 +30,10 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on stdout; numbers to the right."""
+def print_table(title: str, columns: str, rows: Sequence[Sequence[object]]) -> None:
+    """A table on stdout; numbers to the right. `columns` are names separated by blanks."""
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
-    for position, name in enumerate(columns):
+    for position, name in enumerate(columns.split()):
         numeric = any(isinstance(row[position], int | float) for row in rows)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
