@@ -60,7 +60,11 @@ async def probe(url: str, model: str = "", *, timeout_s: float = 120.0) -> Engin
             raise
         except PolarError as error:
             raise EngineUnfit(f"the engine at {url} failed the probe: {error.message}") from error
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError) as error:
+            raise EngineUnfit(f"the engine at {url} broke off its answer: {error}") from error
+        except TimeoutError as error:
+            raise EngineUnfit(f"the engine at {url} did not answer in time ({error!r})") from error
+        except (aiohttp.ClientError, OSError) as error:
             reason = str(error) or type(error).__name__
             raise EngineUnfit(f"no engine answers at {url}: {reason} (polar-mitm engine up)") from error
         except (KeyError, TypeError, AttributeError, StopIteration, msgspec.MsgspecError) as error:

@@ -113,7 +113,7 @@ def _tool_call(call: ToolCall) -> dict[str, Any]:
 def _is_json_object(text: str) -> bool:
     try:
         return isinstance(msgspec.json.decode(text), dict)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return False
 
 

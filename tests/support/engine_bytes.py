@@ -1,0 +1,32 @@
+"""The bytes of one engine answer, for tests that need no server."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from tests.support import byte_tokens, engine_wire
+from tests.support.engine_wire import EngineCall, Token
+from tests.support.scripts import Answer
+
+PROMPT = "<|im_start|>user\ngo<|im_end|>\n<|im_start|>assistant\n"
+PROMPT_IDS = byte_tokens.encode(PROMPT)
+_ASKED = {"return_token_ids": True, "logprobs": True, "stream_options": {"include_usage": True}}
+
+
+def events(answer: Answer, *, prompt_ids: list[int] = PROMPT_IDS) -> list[bytes]:
+    """The engine's stream, event by event; the last is `[DONE]`."""
+    tokens = engine_wire.sample(answer, 0)
+    call = EngineCall(0, "scripted", _ASKED, prompt_ids, [t.token_id for t in tokens])
+    reason = answer.finish_reason or ("tool_calls" if answer.tool_calls else "stop")
+    return [event for event, _ in engine_wire.stream(answer, call, tokens, reason)]
+
+
+def sampled(answer: Answer) -> list[Token]:
+    """Every token of the answer."""
+    return engine_wire.sample(answer, 0)
+
+
+def split(data: bytes, cuts: list[int]) -> list[bytes]:
+    """`data` in pieces, cut where `cuts` say (modulo its length)."""
+    at = sorted({cut % (len(data) + 1) for cut in cuts} | {0, len(data)})
+    return [data[a:b] for a, b in pairwise(at)]
