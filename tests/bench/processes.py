@@ -1,0 +1,133 @@
+"""Starting the two sides of a benchmark as processes of their own, and reading what CPU they used."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sys
+import sysconfig
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from polar_mitm.dialects.ids import new_id
+from polar_mitm.types import Rollout
+
+ROOT = Path(__file__).parents[2]
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def cpu_s(pid: int) -> float:
+    """User and system seconds of a process, all of its threads (proc(5), fields 14 and 15 of stat)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def rss_mb(pid: int) -> float:
+    """Resident memory of a process in MiB."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+@dataclass
+class Side:
+    """A proxy under test: where to connect, what it is called, which process burns the CPU."""
+
+    name: str
+    pid: int
+    port: int
+    server_name: str
+    path: str
+    plain: bool = False
+
+
+@contextlib.asynccontextmanager
+async def spawned(*command: str, line: bool = True) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """A child process, and the first line that it prints."""
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+    )
+    try:
+        assert process.stdout is not None
+        first = (await process.stdout.readline()).decode().strip() if line else ""
+        yield process, first
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(process.wait(), 20)
+        except TimeoutError:
+            process.kill()
+
+
+@contextlib.asynccontextmanager
+async def fast_engine(tokens: int, delay_s: float, prompt_tokens: int) -> AsyncIterator[str]:
+    """The raw-asyncio engine of tests/support; yields its URL."""
+    command = [sys.executable, "-m", "tests.support.scripted_engine", "--fast", "--tokens", str(tokens)]
+    command += ["--chunk-delay", str(delay_s), "--prompt-tokens", str(prompt_tokens)]
+    async with spawned(*command) as (_, url):
+        yield url
+
+
+@contextlib.asynccontextmanager
+async def stock_mitmdump(engine_url: str, confdir: Path, *, stream: bool) -> AsyncIterator[Side]:
+    """mitmdump with its default addons, in front of the engine, TLS towards the client."""
+    port = free_port()
+    command = [script("mitmdump"), "-q", "--mode", f"reverse:{engine_url}@127.0.0.1:{port}"]
+    command += ["--set", f"confdir={confdir}"]
+    if stream:
+        addon = confdir / "stream.py"
+        addon.write_text("def responseheaders(flow):\n    flow.response.stream = True\n")
+        command += ["-s", str(addon)]
+    async with spawned(*command, line=False) as (process, _):
+        await listening(port)
+        path = "/v1/chat/completions"
+        yield Side("stock mitmdump", process.pid, port, "localhost", path)
+
+
+@contextlib.asynccontextmanager
+async def interceptor(engine_url: str, folder: Path, num_rollouts: int = 1) -> AsyncIterator[list[Side]]:
+    """`polar-mitm up` with a real store; one loopback listener, as a sandbox would pass it, per rollout."""
+    from polar_mitm_addons.control import ControlClient
+
+    control = folder / "control.sock"
+    command = [script("polar-mitm"), "up", "--store", str(folder / "bench.duckdb"), "--engine", engine_url]
+    command += ["--control", str(control), "--json"]
+    async with spawned(*command) as (process, ready):
+        assert ready, "polar-mitm up did not start"
+        sides, clients = [], []
+        for _ in range(num_rollouts):
+            sock = socket.create_server(("127.0.0.1", 0), backlog=512)
+            rollout, client = Rollout(new_id(), harness="bench"), ControlClient(control)
+            await asyncio.to_thread(client.open, rollout, [sock])
+            clients.append((client, rollout))
+            port = sock.getsockname()[1]
+            sides.append(Side("polar-mitm", process.pid, port, "api.anthropic.com", "/v1/messages"))
+        yield sides
+        for client, rollout in clients:
+            await asyncio.to_thread(client.close, rollout)
+
+
+def script(name: str) -> str:
+    """An installed console script of this environment."""
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or name
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+async def listening(port: int) -> None:
+    """Wait until something accepts on a loopback port."""
+    for _ in range(300):
+        with contextlib.suppress(OSError):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.close()
+            return
+        await asyncio.sleep(0.1)
+    raise TimeoutError(f"nothing listens on port {port}")
