@@ -71,7 +71,7 @@ class Exchange:
         self._calls: dict[int, tuple[str, list[str]]] = {}
         self._sent: list[bytes] = []
         self._begun = False
-        self._error = PolarError("upstream", "the engine failed")
+        self._unsaid: PolarError | None = None  # it ended the call, and nothing was released
         self.completion = Completion(Message("assistant"))
         self.call = ModelCall(
             call_id=call_id or new_id(),
@@ -100,6 +100,8 @@ class Exchange:
             call.sampling_requested = request.sampling
             call.sampling = self._decide(request.sampling)
             call.upstream_body = vllm.build_body(request, call.sampling, self._engine)
+            if request.stream:
+                self._encoder = self._dialect.encoder(request, call.call_id, call.started_at)
         except PolarError as error:
             return self.refuse(error)
         except Exception as error:  # a bug of ours must not hang a harness or reach the engine
@@ -108,8 +110,6 @@ class Exchange:
         call.stream = request.stream
         call.notes = request.notes
         self._request = request
-        if request.stream:
-            self._encoder = self._dialect.encoder(request, call.call_id, call.started_at)
         return UpstreamRequest(self._engine.url + vllm.CHAT_PATH, call.upstream_body, request.stream)
 
     def refuse(self, error: PolarError, wire: Wire | None = None) -> Reply:
@@ -142,7 +142,9 @@ class Exchange:
 
     def keepalive(self) -> bytes:
         """Bytes that tell a waiting harness that we live; maybe none."""
-        return self._emit(self._encoder.keepalive()) if self._encoder and not self.ended else b""
+        if self._encoder is None or self.ended:
+            return b""
+        return self._emit(self._begin() + self._encoder.keepalive())
 
     def feed(self, data: bytes) -> bytes:
         """A chunk from the engine; returns what the harness gets for it, at once."""
@@ -164,8 +166,9 @@ class Exchange:
     def finish(self) -> bytes | Reply:
         """The engine's answer has ended: the terminal bytes of a stream, or the whole answer."""
         if self.ended:
-            return b"" if self._released else self._reply("failed", self._error)
-        if not self._stream.done or self.completion.finish_reason is None:
+            error, self._unsaid = self._unsaid, None
+            return b"" if error is None else self._reply("failed", error)
+        if not self._stream.done or self.completion.finish_reason in (None, "abort"):
             return self.fail(PolarError("upstream", "the engine's answer broke off"))
         assert self._request is not None
         self.completion.message = self._message()
@@ -190,6 +193,8 @@ class Exchange:
 
     def fail(self, error: PolarError) -> bytes | Reply:
         """End the call with an error: in the stream where it has begun, else as a whole answer."""
+        if self.ended:
+            return self.finish()
         if self._released:
             return self._emit(self._break(error))
         return self._reply("failed", self._retryable(error))
@@ -267,9 +272,12 @@ class Exchange:
         """The answer broke: an event in a released stream, else `finish` gives the reply."""
         if self._released and self._encoder is not None:
             self._end("failed", error)
-            return self._begin() + self._encoder.error(error)
-        self._error = self._retryable(error)
-        self._end("failed", self._error)
+            try:
+                return self._begin() + self._encoder.error(error)
+            except Exception:  # the encoder is what failed; the cut stream says it too
+                return b""
+        self._unsaid = self._retryable(error)
+        self._end("failed", self._unsaid)
         return b""
 
     def _retryable(self, error: PolarError) -> PolarError:
