@@ -1,0 +1,108 @@
+"""Harness recipes: how to install a harness and run it without a person. Data, in `recipes/*.toml`."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from polar_mitm.errors import SetupError
+
+_FOLDER = Path(__file__).with_name("recipes")
+
+
+@dataclass(frozen=True)
+class Install:
+    """Where the program comes from: an npm package or a PyPI package, at the recipe's version.
+
+    Attributes:
+        binary: the program inside the installation; a glob that matches exactly one file.
+        show: what of the installation the sandbox sees; globs, by default all of it.
+        path: directories inside the installation to put on PATH; globs.
+        script: for a program that is an interpreter, what it runs; relative to the recipe's file.
+        node: the lowest version of node that installs and runs it, when it needs one to run.
+    """
+
+    binary: str
+    npm: str | None = None
+    pip: str | None = None
+    show: tuple[str, ...] = ("",)
+    path: tuple[str, ...] = ()
+    script: Path | None = None
+    node: int | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One harness at one version.
+
+    Attributes:
+        hosts: the provider's hosts that it calls models on.
+        argv: arguments of a run without a person. `{prompt}` stands for the task; the element `{model}`
+            becomes `model_argv` when a model is named, and nothing when none is.
+        default_model: the model to name when the caller names none.
+        env: variables it needs to start, such as the key that it will not start without.
+        home: files it needs in HOME, by relative path.
+    """
+
+    name: str
+    title: str
+    version: str
+    hosts: tuple[str, ...]
+    install: Install
+    argv: tuple[str, ...]
+    model_argv: tuple[str, ...] = ()
+    default_model: str | None = None
+    env: dict[str, str] = field(default_factory=dict)
+    home: dict[str, str] = field(default_factory=dict)
+
+    def arguments(self, prompt: str, model: str | None = None) -> list[str]:
+        """What follows the program's name to run `prompt` without a person."""
+        named = model or self.default_model
+        model_argv = [each.replace("{model}", named) for each in self.model_argv] if named else []
+        out: list[str] = []
+        for each in self.argv:
+            out += model_argv if each == "{model}" else [each.replace("{prompt}", prompt)]
+        return out
+
+
+def available() -> list[str]:
+    """Names of the recipes that come with polar-mitm."""
+    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
+
+
+def load(name: str) -> Recipe:
+    """A recipe by its name, or from a file of one's own (`./mine.toml`), named after the file.
+
+    Raises:
+        SetupError: no such recipe, or the file is not one; the message says what is wrong.
+    """
+    file = Path(name) if name.endswith(".toml") else _FOLDER / f"{name}.toml"
+    if not file.is_file() or (file.parent == _FOLDER and file.stem not in available()):
+        raise SetupError(
+            f"no harness recipe {name!r}: there are {', '.join(available())}, or give a .toml file"
+        )
+    try:
+        return _parse(tomllib.loads(file.read_text()), file)
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
+        raise SetupError(f"{file} is not a harness recipe: {_reason(error)}") from error
+
+
+def _parse(data: dict[str, Any], file: Path) -> Recipe:
+    install, run = dict(data.pop("install")), dict(data.pop("run"))
+    if ("npm" in install) == ("pip" in install):
+        raise ValueError("[install] needs either npm or pip")
+    if "script" in install:
+        install["script"] = (file.parent / install["script"]).resolve()
+    if not any("{prompt}" in each for each in run["argv"]):
+        raise ValueError("no {prompt} in [run] argv")
+    return Recipe(name=file.stem, install=Install(**_tuples(install)), **_tuples(run), **_tuples(data))
+
+
+def _tuples(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+
+
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
