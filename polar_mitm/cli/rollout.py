@@ -89,7 +89,6 @@ async def run_rollout(job: Job, host: Host) -> Outcome:
         sampled_tokens=served.num_sampled_tokens,
         refused=sorted(served.refused),
         incomplete=served.incomplete,
-        seconds=round((rollout.ended_at or 0) - rollout.started_at, 3) if rollout.ended_at else 0.0,
     )
 
 
