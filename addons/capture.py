@@ -27,6 +27,8 @@ class Session:
     num_calls: int = 0
     num_sampled_tokens: int = 0
     refused: Counter[str] = field(default_factory=Counter)
+    incomplete: str | None = None
+    closed: bool = False
     seq: int = 0
 
     def next_seq(self) -> int:
@@ -55,7 +57,8 @@ class Capture:
 
     def session(self, client_id: str) -> Session | None:
         """Whose connection this is: decided by the listener that accepted it, never by its content."""
-        return self.clients.get(client_id, self.default)
+        session = self.clients.get(client_id, self.default)
+        return None if session is None or session.closed else session
 
     def egress(
         self, session: Session, verdict: EgressVerdict, layer: EgressLayer, name: str, detail: str = ""

@@ -7,8 +7,8 @@ the record becomes durable; then the terminal event is released.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections import defaultdict
 from collections.abc import AsyncIterator
 
 import aiohttp
@@ -37,7 +37,7 @@ class Intercept:
 
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
-        self._live: defaultdict[str, set[_Call]] = defaultdict(set)
+        self._live: set[_Call] = set()
 
     async def request(self, flow: http.HTTPFlow) -> None:
         provider = flow.metadata.get(PROVIDER)
@@ -56,8 +56,8 @@ class Intercept:
             seq=session.next_seq(),
         )
         call = _Call(self._capture, session, flow, exchange)
-        calls = self._live[flow.client_conn.id]
-        calls.add(call)
+        self._live.add(call)
+        call.task.add_done_callback(lambda _: self._live.discard(call))
         flow.metadata[CALL] = call
         try:
             flow.response = await call.head()
@@ -65,8 +65,6 @@ class Intercept:
             logger.exception("intercept failed")
             error = PolarError("internal", "the interceptor failed; see its log")
             flow.response = to_response(DIALECTS[found.dialect].encode_error(error, exchange.call.call_id))
-        finally:
-            call.task.add_done_callback(lambda _: calls.discard(call))
 
     def error(self, flow: http.HTTPFlow) -> None:
         call: _Call | None = flow.metadata.get(CALL)
@@ -74,14 +72,17 @@ class Intercept:
             call.cancel()
 
     def client_disconnected(self, client: connection.Client) -> None:
-        for call in self._live.pop(client.id, ()):
-            call.cancel()
+        for call in self._live:
+            if call.client_id == client.id:
+                call.cancel()
 
-    async def drain(self) -> None:
-        """Wait until every live call is recorded."""
-        tasks = [call.task for calls in self._live.values() for call in calls]
-        if tasks:
-            await asyncio.wait(tasks, timeout=RECORD_TIMEOUT_S)
+    async def end(self, session: Session | None = None) -> None:
+        """Cancel the live calls of a session, or all, and wait until they are recorded."""
+        calls = [call for call in self._live if session in (None, call.session)]
+        for call in calls:
+            call.cancel()
+        if calls:
+            await asyncio.wait([call.task for call in calls], timeout=2 * RECORD_TIMEOUT_S)
 
 
 class _Call:
@@ -89,14 +90,15 @@ class _Call:
 
     def __init__(self, capture: Capture, session: Session, flow: http.HTTPFlow, exchange: Exchange) -> None:
         self._capture = capture
-        self._session = session
+        self.session = session
+        self.client_id = flow.client_conn.id
         self._flow = flow
         self._exchange = exchange
         loop = asyncio.get_running_loop()
         self._head: asyncio.Future[http.Response] = loop.create_future()
         self._begun: asyncio.Future[None] = loop.create_future()
         self._last_sent = 0.0
-        self._cancelled = False
+        self._running = self._cancelled = False
         self.task = loop.create_task(self._run())
 
     async def head(self) -> http.Response:
@@ -107,29 +109,34 @@ class _Call:
         return self._head.result()
 
     def cancel(self) -> None:
-        """The client is gone. Told twice (`error`, `client_disconnected`), it must not cut the record short."""
+        """The client is gone. We are told up to three times; only the first may interrupt."""
         if not self._cancelled:
             self._cancelled = True
-            self.task.cancel()
+            if self._running:  # a task that is cancelled before its first step would record nothing
+                self.task.cancel()
 
     async def _run(self) -> None:
+        self._running = True
+        end: bytes | Reply = b""
         try:
+            if self._cancelled:
+                raise asyncio.CancelledError
             end = await self._converse()
         except asyncio.CancelledError:
             self._exchange.cancel()
-            await self._record(delivered=False)
-            if not self._head.done():
-                self._head.set_result(http.Response.make(499))  # for nobody: the client is gone
-            return
         except Exception as error:
             logger.exception("a call failed")
             end = self._exchange.fail(PolarError("internal", f"the interceptor failed: {error!r}"))
-        await asyncio.shield(self._record(delivered=True))
-        if isinstance(end, Reply):
-            if not self._head.done():
-                self._head.set_result(to_response(end))
+        recording = asyncio.ensure_future(self._record(delivered=not self._cancelled))
+        with contextlib.suppress(asyncio.CancelledError):  # a client that leaves now does not unmake it
+            await asyncio.shield(recording)
+        await recording
+        if self._head.done():
+            await send(self._flow, end if isinstance(end, bytes) else b"", end=True)
+        elif isinstance(end, Reply):
+            self._head.set_result(to_response(end))
         else:
-            await send(self._flow, end, end=True)
+            self._head.set_result(http.Response.make(499))  # for nobody: the client is gone
 
     async def _converse(self) -> bytes | Reply:
         """From the request to the last bytes, which are returned, not sent."""
@@ -236,16 +243,19 @@ class _Call:
             await self._send(self._exchange.keepalive())
 
     async def _record(self, *, delivered: bool) -> None:
-        capture, session = self._capture, self._session
+        """Make the call durable. Whatever goes wrong here, the harness gets its answer."""
+        session = self.session
         call = self._exchange.record(delivered=delivered)
         session.num_calls += 1
         session.num_sampled_tokens += len(call.completion_token_ids)
-        capture.observe(call)
         try:
-            # The recorder has marked the rollout incomplete where this is False: the answer still goes out.
-            await asyncio.wait_for(asyncio.wrap_future(capture.recorder.call(call)), RECORD_TIMEOUT_S)
-        except TimeoutError:
-            logger.error("the store did not take call %s in %.0f s", call.call_id, RECORD_TIMEOUT_S)
+            self._capture.observe(call)
+            stored = asyncio.wrap_future(self._capture.recorder.call(call))
+            # Where this gives False, the recorder itself has marked the rollout.
+            await asyncio.wait_for(stored, RECORD_TIMEOUT_S)
+        except Exception as error:
+            logger.exception("call %s may not be in the store", call.call_id)
+            session.incomplete = f"call {call.call_id} may not be in the store: {error!r}"
 
 
 class _Ticker:

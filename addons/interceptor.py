@@ -37,9 +37,17 @@ class Serving:
         self.engine = engine
         self.capture = Capture(settings, engine, recorder, new_http(settings))
         self.chain = Chain(self.capture)
+        self._open: set[str] = set()
 
     async def open_rollout(self, rollout: Rollout) -> Session:
-        """Record that a rollout begins."""
+        """Record that a rollout begins.
+
+        Raises:
+            ValueError: a rollout of this id is open already.
+        """
+        if rollout.rollout_id in self._open:
+            raise ValueError(f"rollout {rollout.rollout_id} is open already")
+        self._open.add(rollout.rollout_id)
         rollout.started_at = rollout.started_at or time.time()
         rollout.engine, rollout.model = self.engine.url, self.engine.model
         await asyncio.wrap_future(self.recorder.rollout(rollout))
@@ -55,14 +63,18 @@ class Serving:
 
     async def close_rollout(self, session: Session, rollout: Rollout) -> None:
         """Stop serving, record what is in flight, then the rollout's outcome."""
+        session.closed = True  # a request that is on its way already comes too late
         await self.chain.listeners.close(session)
-        await self.chain.intercept.drain()
+        await self.chain.intercept.end(session)
         rollout.ended_at = time.time()
-        rollout.incomplete = rollout.incomplete or self.recorder.incomplete(rollout.rollout_id)
+        rollout.incomplete = (
+            rollout.incomplete or session.incomplete or self.recorder.incomplete(session.rollout_id)
+        )
         await asyncio.wrap_future(self.recorder.rollout(rollout))
+        self._open.discard(session.rollout_id)
 
     async def close(self) -> None:
-        await self.chain.intercept.drain()
+        await self.chain.intercept.end()
         await self.capture.http.close()
 
 

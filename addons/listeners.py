@@ -83,6 +83,9 @@ class Listeners:
     async def _client(
         self, session: Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
+        if session.closed:  # it was accepted before the listener closed
+            writer.close()
+            return
         mode = mode_specs.ProxyMode.parse("transparent")
         handler = ProxyConnectionHandler(ctx.master, reader, writer, ctx.options, mode)
         context = handler.layer.context
