@@ -26,7 +26,7 @@ import sys
 
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 PR_SET_PDEATHSIG = 1
-IP_PKTINFO, IPV6_RECVPKTINFO = 8, 49
+IP_PKTINFO, IPV6_RECVPKTINFO, IPV6_FREEBIND = 8, 49, 78
 RTM_NEWLINK, RTM_NEWROUTE = 16, 24
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_CREATE = 1, 4, 0x100, 0x400
 BACKLOG = 512
@@ -131,6 +131,7 @@ def open_listeners() -> list[socket.socket]:
         udp6 = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
         udp6.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         udp6.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVPKTINFO, 1)
+        udp6.setsockopt(socket.IPPROTO_IPV6, IPV6_FREEBIND, 1)  # IPv6 sends from interface addresses only
         udp6.bind(("", 53))
         listeners.append(udp6)
     return listeners

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polar_mitm.errors import SetupError
-from polar_mitm_sandbox.spec import SANDBOX_UID
+from polar_mitm_sandbox.spec import SANDBOX_UID, WORKSPACE
 
 HELPER = Path(__file__).with_name("helper.py")
 # Above what directories (LDAP, Active Directory) and systemd hand out: https://systemd.io/UIDS-GIDS
@@ -41,13 +41,17 @@ class Identity:
         """Whether the workspace has to be lent to this user."""
         return self.uid in LENT_UIDS
 
-    def drop_privileges(self) -> list[str]:
-        """Command prefix that becomes this user where no user namespace maps ids."""
+    def become(self) -> list[str]:
+        """Command prefix that becomes this user, in the workspace, where no user namespace maps ids.
+
+        Only then may it enter: the workspace can be closed to everybody else.
+        """
         if self.user_namespace:
             return []
         return [
             "setpriv", f"--reuid={self.uid}", f"--regid={self.gid}", "--clear-groups", "--inh-caps=-all",
             "--ambient-caps=-all", "--bounding-set=-all", "--",
+            "/bin/sh", "-c", f'cd {WORKSPACE} && unset OLDPWD && exec "$@"', "sh",
         ]  # fmt: skip
 
 

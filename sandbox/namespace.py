@@ -141,7 +141,7 @@ class NamespaceSandbox:
             own_python = (sys.executable, "-ISB", str(identity.HELPER))
             return await asyncio.create_subprocess_exec(
                 *(*own_python, str(control), str(int(who.user_namespace)), _rlimits(spec.limits), "--"),
-                *(bwrap, "--args", arguments, "--", *who.drop_privileges()),
+                *(bwrap, "--args", arguments, "--", *who.become()),
                 *(command.program, *spec.command[1:]),
                 pass_fds=(control, status, *options.fds),
                 stdin=subprocess.DEVNULL if spec.stdin is None else spec.stdin,

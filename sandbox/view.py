@@ -94,7 +94,7 @@ def build(spec: SandboxSpec, who: Identity, env: dict[str, str], shown: list[Pat
         _scratch(view, spec, who, bwrap)
         _etc(view, spec, who)
         _shown(view, [*shown, *spec.read_only])
-        _workspace(view, spec)
+        _workspace(view, spec, who)
         for name, value in env.items():
             view.add("--setenv", name, value)
         _refuse_private(view.shown, spec)
@@ -183,13 +183,14 @@ def _shown(view: View, paths: list[Path]) -> None:
             view.read_only(path)
 
 
-def _workspace(view: View, spec: SandboxSpec) -> None:
+def _workspace(view: View, spec: SandboxSpec, who: Identity) -> None:
     workdir = spec.workdir.resolve()
     if Path.home().is_relative_to(workdir):
         raise SetupError(f"{workdir} holds your home directory: give the task a directory of its own")
     view.shown.append(workdir)
-    view.add("--bind", workdir, WORKSPACE, "--chdir", WORKSPACE)
-    view.add("--remount-ro", "/run", "--remount-ro", "/")
+    view.add("--bind", workdir, WORKSPACE, "--remount-ro", "/run", "--remount-ro", "/")
+    if who.user_namespace:
+        view.add("--chdir", WORKSPACE)
 
 
 def _refuse_private(shown: list[Path], spec: SandboxSpec) -> None:

@@ -1,0 +1,79 @@
+"""Recipes are data that a person can write, and mistakes in them are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from polar_mitm.errors import SetupError
+from polar_mitm_sandbox import recipes
+
+MINE = """
+title = "Mine"
+version = "1.0"
+hosts = ["api.openai.com"]
+[install]
+npm = "mine"
+binary = "node_modules/mine/cli.js"
+node = 22
+[run]
+argv = ["{model}", "--go", "--prompt={prompt}"]
+model_argv = ["-m", "{model}"]
+[env]
+OPENAI_API_KEY = "sandbox"
+[home]
+".mine/config.json" = "{}"
+"""
+
+
+@pytest.mark.parametrize("name", recipes.available())
+def test_packaged_recipe(name: str) -> None:
+    recipe = recipes.load(name)
+    assert recipe.name == name
+    assert recipe.version[0].isdigit()
+    prompt = "--fix 'this' {model} $HOME"
+    with_model = recipe.arguments(prompt, "some-model")
+    assert with_model.count(prompt) == 1
+    assert with_model[with_model.index(prompt) - 1] == "--"  # whatever a prompt looks like, it is no option
+    assert "some-model" in with_model
+    assert "{model}" not in recipe.arguments("x")
+    assert not any(key.lower().endswith(("_proxy", "_base_url")) for key in recipe.env)
+
+
+def test_claude_code_and_codex_are_there() -> None:
+    assert {"claude-code", "codex", "sdk-agent"} <= set(recipes.available())
+
+
+def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(MINE)
+    recipe = recipes.load(str(file))
+    assert (recipe.name, recipe.install.node, recipe.home) == ("mine", 22, {".mine/config.json": "{}"})
+    assert recipe.arguments("do", "m1") == ["-m", "m1", "--go", "--prompt=do"]
+    assert recipe.arguments("do") == ["--go", "--prompt=do"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ('version = "1.0"', "", "version"),
+        ("[install]", "[instal]", "install"),
+        ('npm = "mine"', "", "npm"),
+        ('npm = "mine"', 'npm = "mine"\npip = "mine"', "npm or pip"),
+        ("node = 22", "nodes = 22", "nodes"),
+        ("{prompt}", "", "prompt"),
+        ('title = "Mine"', "title = Mine", "Invalid"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, old: str, new: str, complaint: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(MINE.replace(old, new))
+    with pytest.raises(SetupError, match=complaint):
+        recipes.load(str(file))
+
+
+@pytest.mark.parametrize("name", ["nothing", "", "../recipes", "./absent.toml"])
+def test_no_such_recipe(name: str) -> None:
+    with pytest.raises(SetupError, match="claude-code"):
+        recipes.load(name)
