@@ -6,14 +6,17 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import aiohttp
 
 from polar_mitm.config import Settings
 from polar_mitm.dialects.routes import HOSTS
-from polar_mitm.store import Recorder
 from polar_mitm.types import EgressEvent, EgressLayer, EgressVerdict, ModelCall
 from polar_mitm.upstream.engine import EngineInfo
+
+if TYPE_CHECKING:
+    from polar_mitm.store import Recorder
 
 MAX_EVENTS_PER_NAME = 100
 MAX_NAMES = 1000

@@ -1,10 +1,10 @@
 """The interceptor's door for runners: a UNIX socket through which sandboxes' listeners are handed over.
 
-One connection is one rollout. The runner (never a sandbox) is greeted with `{"ok": true, "ca": "<PEM>"}`, sends
-`{"op": "open", "rollout": {...}}` with the listening sockets attached (SCM_RIGHTS), and ends with
-`{"op": "close", "rollout": {...}}` or by closing the connection, which counts as an interrupted rollout. The socket file is
-readable and writable by its owner only, the peer's uid is checked too (unix(7), SO_PEERCRED), and no sandbox
-has it in its file system.
+One connection is one rollout. The runner (never a sandbox) is greeted with `{"ok": true, "ca": "<PEM>"}`,
+sends `{"op": "open", "rollout": {...}}` with the listening sockets attached (SCM_RIGHTS), and ends with
+`{"op": "close", "rollout": {...}}` or by closing the connection, which counts as an interrupted rollout. The
+socket file is its owner's alone, the peer's uid is checked too (unix(7), SO_PEERCRED), and no sandbox has it
+in its file system.
 """
 
 from __future__ import annotations

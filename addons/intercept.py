@@ -7,9 +7,7 @@ the record becomes durable; then the terminal event is released.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator
 
 import aiohttp
 from mitmproxy import connection, http
@@ -98,39 +96,37 @@ class _Call:
         self._head: asyncio.Future[http.Response] = loop.create_future()
         self._begun: asyncio.Future[None] = loop.create_future()
         self._last_sent = 0.0
-        self._running = self._cancelled = False
+        self._interruptible = self._cancelled = False
+        self._silence = loop.call_later(capture.settings.keepalive_s, self._keep_alive)
         self.task = loop.create_task(self._run())
+        self.task.add_done_callback(self._give_up)
 
     async def head(self) -> http.Response:
         """The response to give: a whole one, or the head of a stream."""
-        done, _ = await asyncio.wait({self._head, self.task}, return_when=asyncio.FIRST_COMPLETED)
-        if self._head not in done:  # cancelled, or a bug: `result` then says which
-            self.task.result()
-        return self._head.result()
+        return await self._head
 
     def cancel(self) -> None:
-        """The client is gone. We are told up to three times; only the first may interrupt."""
+        """The client is gone. Told up to three times; only the first interrupts, and not the record."""
         if not self._cancelled:
             self._cancelled = True
-            if self._running:  # a task that is cancelled before its first step would record nothing
+            if self._interruptible:  # a task that is cancelled before its first step would record nothing
                 self.task.cancel()
 
     async def _run(self) -> None:
-        self._running = True
         end: bytes | Reply = b""
         try:
             if self._cancelled:
                 raise asyncio.CancelledError
+            self._interruptible = True
             end = await self._converse()
         except asyncio.CancelledError:
             self._exchange.cancel()
         except Exception as error:
             logger.exception("a call failed")
             end = self._exchange.fail(PolarError("internal", f"the interceptor failed: {error!r}"))
-        recording = asyncio.ensure_future(self._record(delivered=not self._cancelled))
-        with contextlib.suppress(asyncio.CancelledError):  # a client that leaves now does not unmake it
-            await asyncio.shield(recording)
-        await recording
+        self._interruptible = False
+        self._silence.cancel()
+        await self._record(delivered=not self._cancelled)
         if self._head.done():
             await send(self._flow, end if isinstance(end, bytes) else b"", end=True)
         elif isinstance(end, Reply):
@@ -148,10 +144,9 @@ class _Call:
             async with await self._post(step) as response:
                 if response.status != 200:
                     return self._exchange.reject(response.status, await response.content.read(1 << 16))
-                chunks = response.content.iter_any()
                 if step.stream:
-                    return await self._relay(chunks)
-                async for chunk in chunks:
+                    return await self._relay(response.content)
+                while chunk := await response.content.readany():
                     self._exchange.feed(chunk)
                 return self._exchange.finish()
         except TimeoutError:
@@ -193,35 +188,36 @@ class _Call:
         except (aiohttp.ServerDisconnectedError, ConnectionResetError):
             return await post()  # a kept-alive connection that the engine had just closed
 
-    async def _relay(self, chunks: AsyncIterator[bytes]) -> bytes | Reply:
+    async def _relay(self, body: aiohttp.StreamReader) -> bytes | Reply:
         exchange = self._exchange
         # A 200 is held back for a moment, so that an engine that breaks at once is still a 529.
-        first = asyncio.ensure_future(anext(chunks, b""))
+        timer = asyncio.timeout(self._capture.settings.head_grace_s)
         try:
-            await asyncio.wait({first}, timeout=self._capture.settings.head_grace_s)
-            if not first.done():
-                await self._release(exchange.open())
-                await self._send(exchange.opening())
-            async with _Ticker(self._capture.settings.keepalive_s, self._keepalive):
-                out = exchange.feed(await first)
-                if not self._head.done():
-                    if exchange.ended or not out:
-                        out += await self._feed_until_output(chunks)
-                    if exchange.ended or not out:
-                        return exchange.finish()
-                    await self._release(exchange.open())
-                await self._send(out)
-                async for chunk in chunks:
-                    await self._send(exchange.feed(chunk))
-                    if exchange.ended:
-                        break
-        finally:
-            first.cancel()
+            async with timer:
+                out = await self._next_output(body)
+        except TimeoutError:
+            if not timer.expired():
+                raise
+            await self._release(exchange.open())
+            await self._send(exchange.opening())
+            out = await self._next_output(body)
+        if not self._head.done():
+            if not out:
+                return exchange.finish()
+            await self._release(exchange.open())
+        while out:
+            await self._send(out)
+            out = await self._next_output(body)
         return exchange.finish()
 
-    async def _feed_until_output(self, chunks: AsyncIterator[bytes]) -> bytes:
-        while not self._exchange.ended and (chunk := await anext(chunks, b"")):
-            if out := self._exchange.feed(chunk):
+    async def _next_output(self, body: aiohttp.StreamReader) -> bytes:
+        """What the harness gets for the engine's next bytes; b"" once there is no more to come."""
+        exchange = self._exchange
+        while not exchange.ended and (chunk := await body.readany()):
+            out = exchange.feed(chunk)
+            if exchange.ended and not self._head.done():
+                return b""  # broken before anything was released: `finish` has the reply
+            if out:
                 return out
         return b""
 
@@ -237,10 +233,18 @@ class _Call:
             self.cancel()  # takes effect at the next await
         self._last_sent = asyncio.get_running_loop().time()
 
-    async def _keepalive(self) -> None:
-        waited = asyncio.get_running_loop().time() - self._last_sent
-        if self._begun.done() and waited >= self._capture.settings.keepalive_s:
-            await self._send(self._exchange.keepalive())
+    def _keep_alive(self) -> None:
+        """A timer: when the engine has been silent for long, the harness is told that we live."""
+        loop, period_s = asyncio.get_running_loop(), self._capture.settings.keepalive_s
+        self._silence = loop.call_later(period_s, self._keep_alive)
+        if self._begun.done() and loop.time() - self._last_sent >= period_s:
+            self._pinging = loop.create_task(self._send(self._exchange.keepalive()))
+
+    def _give_up(self, task: asyncio.Task[None]) -> None:
+        """The task is over: whoever waits for a head waits no longer."""
+        self._silence.cancel()
+        if not self._head.done():
+            self._head.set_exception(task.exception() or RuntimeError("the call was interrupted"))
 
     async def _record(self, *, delivered: bool) -> None:
         """Make the call durable. Whatever goes wrong here, the harness gets its answer."""
@@ -250,30 +254,12 @@ class _Call:
         session.num_sampled_tokens += len(call.completion_token_ids)
         try:
             self._capture.observe(call)
-            stored = asyncio.wrap_future(self._capture.recorder.call(call))
-            # Where this gives False, the recorder itself has marked the rollout.
-            await asyncio.wait_for(stored, RECORD_TIMEOUT_S)
+            async with asyncio.timeout(RECORD_TIMEOUT_S):
+                # Where this gives False, the recorder itself has marked the rollout.
+                await asyncio.wrap_future(self._capture.recorder.call(call))
         except Exception as error:
             logger.exception("call %s may not be in the store", call.call_id)
             session.incomplete = f"call {call.call_id} may not be in the store: {error!r}"
-
-
-class _Ticker:
-    """Runs a coroutine every `period_s` while the block runs."""
-
-    def __init__(self, period_s: float, tick) -> None:
-        self._period_s, self._tick = period_s, tick
-
-    async def __aenter__(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._loop())
-
-    async def __aexit__(self, *_) -> None:
-        self._task.cancel()
-
-    async def _loop(self) -> None:
-        while True:
-            await asyncio.sleep(self._period_s)
-            await self._tick()
 
 
 def _wire(flow: http.HTTPFlow) -> Wire:

@@ -13,18 +13,21 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from mitmproxy import options
 from mitmproxy.addons import core, next_layer, proxyserver, tlsconfig
 from mitmproxy.master import Master
 
 from polar_mitm.config import Settings
-from polar_mitm.store import Recorder
 from polar_mitm.types import Rollout
 from polar_mitm.upstream.engine import EngineInfo
 from polar_mitm_addons.capture import Capture, Session, new_http
 from polar_mitm_addons.chain import OPTIONS, Chain
+from polar_mitm_addons.dispatch import direct_handler
+
+if TYPE_CHECKING:
+    from polar_mitm.store import Recorder
 
 
 class Serving:
@@ -98,6 +101,7 @@ class Interceptor(Serving):
         self._master.addons.add(
             core.Core(), proxyserver.Proxyserver(), next_layer.NextLayer(), tlsconfig.TlsConfig(), self.chain
         )
+        self.chain.listeners.handler = direct_handler(self._master)
         # Naming the directory makes TlsConfig create the CA in it.
         self._master.options.update(server=False, confdir=self._confdir.name, **OPTIONS)
         self.ca_pem = (Path(self._confdir.name) / "mitmproxy-ca-cert.pem").read_bytes()

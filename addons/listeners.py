@@ -35,6 +35,7 @@ class Listeners:
 
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
+        self.handler: type[ProxyConnectionHandler] = ProxyConnectionHandler
         self._served: dict[str, _Served] = {}
 
     async def serve(self, session: Session, sockets: list[socket.socket]) -> None:
@@ -87,7 +88,7 @@ class Listeners:
             writer.close()
             return
         mode = mode_specs.ProxyMode.parse("transparent")
-        handler = ProxyConnectionHandler(ctx.master, reader, writer, ctx.options, mode)
+        handler = self.handler(ctx.master, reader, writer, ctx.options, mode)
         context = handler.layer.context
         handler.layer = layers.modes.TransparentProxy(context)
         # Where the client meant to go: the sandbox makes every address local, so the socket knows.

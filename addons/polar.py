@@ -60,7 +60,7 @@ class Polar:
         options.update(**OPTIONS)
         self._serving = serving = Serving(settings, engine, recorder)
         # Made by mitmproxy at its first start; runners need it for their sandboxes.
-        serving.ca_pem = (Path(options.confdir).expanduser() / "mitmproxy-ca-cert.pem").read_bytes()
+        serving.ca_pem = await asyncio.to_thread(_certificate, Path(options.confdir))
         rollout = Rollout(options.polar_rollout or new_id(), harness="mitmproxy")
         self._rollout = rollout
         serving.capture.default = await serving.open_rollout(rollout)
@@ -81,6 +81,10 @@ class Polar:
         with contextlib.suppress(asyncio.TimeoutError):
             await serving.close()
         await asyncio.to_thread(serving.recorder.close)
+
+
+def _certificate(confdir: Path) -> bytes:
+    return (confdir.expanduser() / "mitmproxy-ca-cert.pem").read_bytes()
 
 
 addons = [Polar()]
