@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from polar_mitm.cli import loop
 from polar_mitm.cli.doctor import install_bubblewrap
 from polar_mitm.cli.engine import EngineOption, ModelOption, probed
 from polar_mitm.cli.inspect import calls as list_calls
@@ -52,7 +52,7 @@ def demo(
         for job in jobs:
             job.never_visible = [path.absolute()]
         say(f"running {', '.join(f'{j.name} {j.version}' for j in jobs)} in sandboxes without network")
-        outcomes = asyncio.run(_run(jobs, info, path, max_tokens))
+        outcomes = loop.run(_run(jobs, info, path, max_tokens))
     except SetupError as error:
         fail(str(error))
     finally:

@@ -38,8 +38,8 @@ def print_table(title: str, columns: str, rows: Sequence[Sequence[object]]) -> N
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
-    out = Console(highlight=False)
-    out.print(table, width=None if out.is_terminal else 400, crop=False, soft_wrap=False)
+    # Rich folds to 80 columns where there is no terminal; a pipe has all the room it needs.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 240).print(table)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from polar_mitm.cli import loop
 from polar_mitm.cli.engine import EngineOption, ModelOption, probed
 from polar_mitm.cli.inspect import StoreOption
 from polar_mitm.cli.output import JsonFlag, fail, print_json, say
 from polar_mitm.cli.rollout import Job, Outcome, run_rollout
 from polar_mitm.cli.settings import ConfigOption, MaxTokensOption, settings_from
+from polar_mitm.config import Settings
 from polar_mitm.errors import SetupError
 from polar_mitm.upstream.engine import EngineInfo
 
@@ -69,7 +70,7 @@ def run(
     settings = settings_from(config, max_tokens=max_tokens)
     info = None if control else probed(engine or settings.engine, model or settings.engine_model)
     try:
-        outcome = asyncio.run(_run(job, settings, info, store, control))
+        outcome = loop.run(_run(job, settings, info, store, control))
     except SetupError as error:
         fail(str(error))
     except (OSError, RuntimeError) as error:
@@ -81,7 +82,7 @@ def run(
 
 
 async def _run(
-    job: Job, settings: object, info: EngineInfo | None, store: Path, control: Path | None
+    job: Job, settings: Settings, info: EngineInfo | None, store: Path, control: Path | None
 ) -> Outcome:
     from polar_mitm.cli.hosting import ControlHost, embedded
 

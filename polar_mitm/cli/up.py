@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from polar_mitm.cli import loop
 from polar_mitm.cli.engine import EngineOption, ModelOption, probed
 from polar_mitm.cli.inspect import StoreOption
 from polar_mitm.cli.output import JsonFlag, fail, print_json, say
@@ -34,7 +35,7 @@ def up(
     info = probed(engine or settings.engine, model or settings.engine_model)
     socket_path = control or store.with_name(store.name + ".sock")
     try:
-        asyncio.run(_serve(settings, info, store, socket_path, metrics_port, json))
+        loop.run(_serve(settings, info, store, socket_path, metrics_port, json))
     except OSError as error:
         fail(str(error))
 
