@@ -1,0 +1,41 @@
+"""`polar-mitm demo` with a real vLLM: the whole of it, as a user runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from polar_mitm import engine
+from polar_mitm.store import open_reader
+from tests.e2e.conftest import Cli, last_json
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.mark.timeout(1800)
+def test_demo_with_a_real_engine(cli: Cli, vllm: engine.EngineState, tmp_path: Path) -> None:
+    store = tmp_path / "demo.duckdb"
+    done = cli("demo", "--json", "--store", store, "--engine", vllm.url, "--max-tokens", 32, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    told = last_json(done.stdout)
+
+    assert told["engine"]["model"] == vllm.served_model_name
+    assert [h["name"] for h in told["harnesses"]] == ["claude-code", "codex"]
+    for harness in told["harnesses"]:
+        assert harness["version"] and harness["exit_code"] == 0
+        assert harness["calls"] >= 1 and harness["sampled_tokens"] >= 1 and harness["incomplete"] is None
+    account = told["accounting"]
+    assert account["sampled"] == account["trained"] + account["masked"] + account["quarantined"] > 0
+    assert account["sampled"] == sum(h["sampled_tokens"] for h in told["harnesses"])
+    assert Path(told["store"]) == store
+
+    with open_reader(store) as reader:
+        calls = reader.calls()
+    answered = [c for c in calls if c.status == "ok"]
+    assert answered
+    for call in answered:
+        assert len(call.completion_token_ids) == len(call.behaviour_logprobs) == call.usage.completion_tokens
+        assert len(call.prompt_token_ids) == call.usage.prompt_tokens
+        assert all(logprob <= 0 for logprob in call.behaviour_logprobs)
+        assert call.policy_version and call.sampling.temperature == 1.0
