@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from polar_mitm.cache import default_cache
 from polar_mitm.errors import SetupError
 from polar_mitm_sandbox import identity, install, recipes, seccomp
 
@@ -44,7 +45,7 @@ def doctor(cache: Path | None = None) -> list[Check]:
     checks.append(_namespaces(root))
     if all(check.ok for check in checks):
         checks.append(_sandbox(root))
-    return [*checks, _npm(), *_harnesses(cache or install.default_cache())]
+    return [*checks, _npm(), *_harnesses(cache or default_cache())]
 
 
 def _platform() -> Check:

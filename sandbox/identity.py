@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +42,12 @@ class Identity:
     def lent(self) -> bool:
         """Whether the workspace has to be lent to this user."""
         return self.uid in LENT_UIDS
+
+    @property
+    def counted_alone(self) -> bool:
+        """Whether the kernel counts this sandbox's processes apart from the user's others."""
+        release = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
+        return self.lent or (self.user_namespace and release >= (5, 14))
 
     def become(self) -> list[str]:
         """Command prefix that becomes this user, in the workspace, where no user namespace maps ids.
@@ -67,8 +75,8 @@ def choose(workdir: Path) -> Identity:
 
 
 def is_host_root() -> bool:
-    """Whether we are root of the machine, not of some user namespace (a rootless container's root)."""
-    return os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == ["0", "0", str(2**32 - 1)]
+    """Whether our uid 0 is the machine's, which owns the kernel's files, or only a user namespace's."""
+    return os.geteuid() == 0 and Path("/proc/sys/kernel/core_pattern").stat().st_uid == 0
 
 
 def probe(new_user: bool) -> str | None:
@@ -84,7 +92,7 @@ class Loan:
     A loan that was never ended (a killed process) is taken over by the next one.
 
     Raises:
-        SetupError: another sandbox is working in `workdir`.
+        SetupError: another sandbox is working in `workdir`, or its files cannot change owners.
     """
 
     def __init__(self, workdir: Path, uid: int) -> None:
@@ -92,24 +100,26 @@ class Loan:
         self._lock = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            change_owner(workdir, {0, *LENT_UIDS}, uid)
+            change_owner(workdir, lambda owner: owner == 0 or owner in LENT_UIDS, uid)
         except BaseException as error:
             os.close(self._lock)
             if isinstance(error, BlockingIOError):
                 raise SetupError(f"another sandbox is working in {workdir}: give each its own") from None
+            if isinstance(error, OSError):
+                raise SetupError(f"root cannot lend {workdir} to the sandbox's user ({error})") from error
             raise
 
     def end(self) -> None:
         """Give back. The kernel clears set-user-id bits as it does so."""
-        change_owner(self._workdir, {self._uid}, 0)
+        change_owner(self._workdir, lambda owner: owner == self._uid, 0)
         os.close(self._lock)
 
 
-def change_owner(root: Path, old: set[int], new: int) -> None:
-    """Give what users and groups `old` own, at and below `root`, to `new`. Follows no links."""
+def change_owner(root: Path, old: Callable[[int], bool], new: int) -> None:
+    """Give what users and groups that are `old` own, at and below `root`, to `new`. Follows no links."""
     for directory, below, files in os.walk(root):
         for path in (directory, *(f"{directory}/{name}" for name in (*below, *files))):
             owner = os.lstat(path)
-            uid, gid = (new if each in old else -1 for each in (owner.st_uid, owner.st_gid))
+            uid, gid = (new if old(each) else -1 for each in (owner.st_uid, owner.st_gid))
             if (uid, gid) != (-1, -1):
                 os.chown(path, uid, gid, follow_symlinks=False)

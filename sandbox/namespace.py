@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -128,6 +128,7 @@ class NamespaceSandbox:
             raise SetupError("bubblewrap is missing: `apt-get install bubblewrap`, `dnf install bubblewrap`")
         if not spec.workdir.is_dir():
             raise SetupError(f"{spec.workdir} is not a directory")
+        spec = dataclasses.replace(spec, workdir=spec.workdir.resolve())
         search = os.pathsep.join([*spec.path, os.environ.get("PATH", os.defpath)])
         command = executables.resolve(spec.command[0], search)
         who = identity.choose(spec.workdir)
@@ -140,7 +141,7 @@ class NamespaceSandbox:
                 self._loan = await asyncio.to_thread(identity.Loan, spec.workdir, who.uid)
             own_python = (sys.executable, "-ISB", str(identity.HELPER))
             return await asyncio.create_subprocess_exec(
-                *(*own_python, str(control), str(int(who.user_namespace)), _rlimits(spec.limits), "--"),
+                *(*own_python, str(control), str(int(who.user_namespace)), _rlimits(spec.limits, who), "--"),
                 *(bwrap, "--args", arguments, "--", *who.become()),
                 *(command.program, *spec.command[1:]),
                 pass_fds=(control, status, *options.fds),
@@ -154,7 +155,7 @@ class NamespaceSandbox:
 
     async def _receive(self, control: socket.socket) -> list[socket.socket]:
         await _readable(control.fileno())
-        message, fds, _, _ = socket.recv_fds(control, 4096, _MAX_LISTENERS)
+        message, fds, _, _ = socket.recv_fds(control, 4096, _MAX_LISTENERS, socket.MSG_CMSG_CLOEXEC)
         listeners = [socket.socket(fileno=fd) for fd in fds]
         if message != b"listeners":
             reason = message.decode().removeprefix("error: ") or "the helper died"
@@ -183,9 +184,8 @@ class NamespaceSandbox:
         return True
 
 
-def _rlimits(limits: Limits) -> str:
-    release = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
-    num_processes = limits.num_processes if release >= (5, 14) else None
+def _rlimits(limits: Limits, who: identity.Identity) -> str:
+    num_processes = limits.num_processes if who.counted_alone else None
     wanted = {"RLIMIT_CORE": 0, "RLIMIT_NPROC": num_processes, "RLIMIT_FSIZE": limits.file_bytes}
     return ",".join(f"{name}={value}" for name, value in wanted.items() if value is not None)
 

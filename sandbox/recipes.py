@@ -21,7 +21,7 @@ class Install:
         show: what of the installation the sandbox sees; globs, by default all of it.
         path: directories inside the installation to put on PATH; globs.
         script: for a program that is an interpreter, what it runs; relative to the recipe's file.
-        node: the lowest version of node that installs and runs it, when it needs one to run.
+        node: whether it is a node program, and not a native one.
     """
 
     binary: str
@@ -30,7 +30,7 @@ class Install:
     show: tuple[str, ...] = ("",)
     path: tuple[str, ...] = ()
     script: Path | None = None
-    node: int | None = None
+    node: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ SANDBOX_UID = 1000
 class Limits:
     """Bounds on one sandbox. None means no bound of ours.
 
-    `num_processes` counts threads too (RLIMIT_NPROC; not set before Linux 5.14, where it would count all of
-    the user's). `file_bytes` bounds each file written, `scratch_bytes` each of /tmp, /dev/shm and HOME, which
-    live in memory.
+    `num_processes` counts threads too; it is RLIMIT_NPROC, and not set where that would count all of a
+    user's (Linux before 5.14, and root working in somebody's directory). `file_bytes` bounds each file
+    written, `scratch_bytes` each of /tmp, /dev/shm and HOME, which live in memory.
     """
 
     num_processes: int | None = 2048

@@ -78,7 +78,7 @@ class View:
 
 
 def build(spec: SandboxSpec, who: Identity, env: dict[str, str], shown: list[Path], bwrap: str) -> View:
-    """All of bubblewrap's options for `spec`.
+    """All of bubblewrap's options for `spec`, whose `workdir` is a real path.
 
     Args:
         env: the harness's whole environment.
@@ -184,11 +184,10 @@ def _shown(view: View, paths: list[Path]) -> None:
 
 
 def _workspace(view: View, spec: SandboxSpec, who: Identity) -> None:
-    workdir = spec.workdir.resolve()
-    if Path.home().is_relative_to(workdir):
-        raise SetupError(f"{workdir} holds your home directory: give the task a directory of its own")
-    view.shown.append(workdir)
-    view.add("--bind", workdir, WORKSPACE, "--remount-ro", "/run", "--remount-ro", "/")
+    if Path.home().resolve().is_relative_to(spec.workdir):
+        raise SetupError(f"{spec.workdir} holds your home directory: give the task a directory of its own")
+    view.shown.append(spec.workdir)
+    view.add("--bind", spec.workdir, WORKSPACE, "--remount-ro", "/run", "--remount-ro", "/")
     if who.user_namespace:
         view.add("--chdir", WORKSPACE)
 

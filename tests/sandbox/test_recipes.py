@@ -16,7 +16,7 @@ hosts = ["api.openai.com"]
 [install]
 npm = "mine"
 binary = "node_modules/mine/cli.js"
-node = 22
+node = true
 [run]
 argv = ["{model}", "--go", "--prompt={prompt}"]
 model_argv = ["-m", "{model}"]
@@ -49,7 +49,7 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(MINE)
     recipe = recipes.load(str(file))
-    assert (recipe.name, recipe.install.node, recipe.home) == ("mine", 22, {".mine/config.json": "{}"})
+    assert (recipe.name, recipe.install.node, recipe.home) == ("mine", True, {".mine/config.json": "{}"})
     assert recipe.arguments("do", "m1") == ["-m", "m1", "--go", "--prompt=do"]
     assert recipe.arguments("do") == ["--go", "--prompt=do"]
 
@@ -61,7 +61,7 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
         ("[install]", "[instal]", "install"),
         ('npm = "mine"', "", "npm"),
         ('npm = "mine"', 'npm = "mine"\npip = "mine"', "npm or pip"),
-        ("node = 22", "nodes = 22", "nodes"),
+        ("node = true", "nodes = true", "nodes"),
         ("{prompt}", "", "prompt"),
         ('title = "Mine"', "title = Mine", "Invalid"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -192,6 +193,13 @@ def test_a_node_package_brings_its_neighbours_but_not_the_home(tmp_path: Path) -
     assert tmp_path / "secret" not in found.shown
 
 
+def test_a_workspace_may_be_named_by_a_link(user: User) -> None:
+    with user.directory() as elsewhere, user.directory() as workdir:
+        (link := elsewhere / "link").symlink_to(workdir)
+        assert user.shell("touch made", workdir=link).exit_code == 0
+        assert (workdir / "made").stat().st_uid == workdir.stat().st_uid == user.uid
+
+
 def test_a_workspace_is_lent_to_one_sandbox_at_a_time(user: User) -> None:
     with user.directory() as workdir:
         script = ["bash", "-c", "sleep 1"]
@@ -200,10 +208,27 @@ def test_a_workspace_is_lent_to_one_sandbox_at_a_time(user: User) -> None:
         assert codes == (["0", "None"] if user.kind == "root" else ["0", "0"])
 
 
+def test_root_works_as_the_owner_of_the_workspace(user: User) -> None:
+    """`sudo polar-mitm run` in somebody's directory; without root the harness is whoever started it."""
+    with user.directory() as workdir:
+        if user.kind == "root":
+            os.chown(workdir, 4242, 4242)
+        out = user.shell("id -u; id -un; touch made", workdir=workdir)
+        assert out.stdout.split() == ["4242" if user.kind == "root" else "1000", "agent"], out
+        assert (workdir / "made").stat().st_uid == (4242 if user.kind == "root" else user.uid)
+
+
+def test_root_of_a_user_namespace_is_root_only_if_it_owns_the_kernel(user: User) -> None:
+    code = "from polar_mitm_sandbox import identity; print(identity.is_host_root())"
+    command = [*user.become(), "unshare", "-Ur", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert done.stdout.strip() == str(user.kind == "root"), done.stderr
+
+
 def test_change_owner_follows_no_links(tmp_path: Path) -> None:
     (tmp_path / "inside").mkdir()
     (tmp_path / "outside").write_text("x")
     (tmp_path / "inside/link").symlink_to(tmp_path / "outside")
     before = (tmp_path / "outside").stat().st_ctime_ns
-    identity.change_owner(tmp_path / "inside", {os.getuid()}, os.getuid())
+    identity.change_owner(tmp_path / "inside", lambda owner: owner == os.getuid(), os.getuid())
     assert (tmp_path / "outside").stat().st_ctime_ns == before
