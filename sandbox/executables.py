@@ -74,8 +74,11 @@ def _install(program: Path) -> list[Path]:
 
 def _interpreter(script: Path, search_path: str) -> Path | None:
     """What the kernel runs `script` with; through `env` where it says so."""
-    with script.open("rb") as file:
-        first = file.readline(512)
+    try:
+        with script.open("rb") as file:
+            first = file.readline(512)
+    except PermissionError:  # a program that may be run but not read is no script
+        return None
     if not first.startswith(b"#!"):
         return None
     words = first[2:].decode("utf-8", "replace").split()

@@ -47,7 +47,7 @@ def test_install_once_then_offline(
     for thread in threads:
         thread.join()
     assert found == found[:1] * 4
-    assert [step for step in steps if step.startswith("Installing")] == steps[:1]  # the others waited
+    assert len([step for step in steps if step.startswith("Installing")]) == 1  # the others waited
     assert found[0].bin_path.is_file()
     assert found[0].size_bytes > 10_000
     monkeypatch.setenv("PATH", "/nonexistent")
