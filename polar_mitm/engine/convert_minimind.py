@@ -91,7 +91,9 @@ def read_weights(onnx: Path) -> dict[str, NDArray[np.float32]]:
         ValueError: the file is not the expected export.
     """
     model = memoryview(onnx.read_bytes())
-    graph = next(field for number, field in fields(model) if number == _MODEL_GRAPH)
+    graph = next((field for number, field in fields(model) if number == _MODEL_GRAPH), None)
+    if graph is None:
+        raise ValueError("not an ONNX file: it holds no graph")
     tensors: dict[str, NDArray[Any]] = {}
     products: dict[str, str] = {}  # "model.layers.0.mlp.up_proj" -> "onnx::MatMul_2487"
     for number, field in fields(graph):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes.util
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from polar_mitm.engine.build import clean_environment
 from polar_mitm.engine.env import Device
@@ -25,54 +25,39 @@ class Launch(Struct, frozen=True):
 
     Attributes:
         model: a folder, or a Hugging Face name that the server downloads.
-        dtype: of weights and KV cache; "auto" is the model's own.
+        dtype: of weights and KV cache; "auto" is the model's own, "" not said.
         max_model_len: window in tokens; None leaves it to the model.
+        tool_call_parser: vLLM's parser for the tool calls that this model writes.
         dev: open the endpoints that change weights.
         extra: more arguments for vLLM, as they are; they win.
     """
 
     model: Path
-    served_model_name: str
-    dtype: str
-    max_model_len: int | None
     device: Device
     port: int
+    served_model_name: str = ""
+    dtype: str = ""
+    max_model_len: int | None = None
     tool_call_parser: str = "hermes"
     dev: bool = False
-    extra: Sequence[str] = ()
+    extra: tuple[str, ...] = ()
 
 
-def plan(
-    model: Path,
-    device: Device,
-    port: int,
-    *,
-    default: bool,
-    dtype: str | None,
-    max_model_len: int | None,
-    tool_call_parser: str,
-    dev: bool,
-    extra: Sequence[str],
-) -> Launch:
-    """Fill in what was not said.
+def completed(launch: Launch, *, default: bool) -> Launch:
+    """The launch with what was not said filled in; `default` says that it is the default model.
 
-    The default model is served in float32 on a CPU: sampled logprobs then agree with a trainer's to 5e-6
-    (0.04 in bfloat16), for a fifth of the speed. Any other model keeps its own dtype.
+    That one is served in float32 on a CPU: sampled logprobs then agree with a trainer's to 5e-6 (0.04 in
+    bfloat16), for a fifth of the speed. Any other model keeps its own dtype.
     """
-    config = read_config(model)
-    if max_model_len is None and config:
-        own = config.get("max_position_embeddings")
-        max_model_len = min(own, _WINDOW) if isinstance(own, int) else None
-    return Launch(
-        model=model,
-        served_model_name=DEFAULT_MODEL if default else (model.name if config else str(model)),
-        dtype=dtype or ("float32" if default and device == "cpu" else "auto"),
-        max_model_len=max_model_len,
-        device=device,
-        port=port,
-        tool_call_parser=tool_call_parser,
-        dev=dev,
-        extra=tuple(extra),
+    config = read_config(launch.model)
+    own = config.get("max_position_embeddings")
+    window = min(own, _WINDOW) if isinstance(own, int) else None
+    name = launch.model.name if launch.model.is_dir() else str(launch.model)
+    return replace(
+        launch,
+        served_model_name=DEFAULT_MODEL if default else name,
+        dtype=launch.dtype or ("float32" if default and launch.device == "cpu" else "auto"),
+        max_model_len=launch.max_model_len or window,
     )
 
 
@@ -104,7 +89,7 @@ def command(python: Path, launch: Launch) -> list[str]:
 
 
 def environment(python: Path, launch: Launch) -> dict[str, str]:
-    """The server's environment; what the user has set for vLLM stays."""
+    """The server's environment: this process's, less what leads Python astray, plus what vLLM needs here."""
     env = clean_environment()
     env |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"}
     env["VLLM_SERVER_DEV_MODE"] = "1" if launch.dev else "0"
@@ -155,4 +140,6 @@ def read_config(model: Path) -> dict[str, Any]:
 
 
 def _free_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes that processes can have without swapping (proc(5), meminfo)."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024

@@ -20,6 +20,7 @@ from polar_mitm.cache import default_cache
 from polar_mitm.engine import flags, state
 from polar_mitm.engine.build import OnStep, locked, tail
 from polar_mitm.engine.env import device, ensure_env
+from polar_mitm.engine.flags import Launch
 from polar_mitm.engine.model import DEFAULT_MODEL, ensure_model
 from polar_mitm.engine.state import EngineState
 from polar_mitm.errors import EngineUnfit, SetupError
@@ -47,7 +48,7 @@ def up(
     Args:
         model: a Hugging Face folder or name; None for the default model, or for whichever runs.
         cache: where everything is kept; `default_cache()` by default.
-        dtype, max_model_len: of the model; see `flags.plan` for what is chosen.
+        dtype, max_model_len: of the model; see `flags.completed` for what is chosen.
         tool_call_parser: vLLM's parser for the tool calls that this model writes.
         dev: open the endpoints that change weights (VLLM_SERVER_DEV_MODE).
         port: on 127.0.0.1; any free one by default.
@@ -67,17 +68,17 @@ def up(
             state.terminate(running)
         python = ensure_env(cache, on_step)
         folder = ensure_model(cache, model, on_step)
-        launch = flags.plan(
+        launch = Launch(
             folder,
             device(),
             port or _free_port(),
-            default=model in (None, DEFAULT_MODEL),
-            dtype=dtype,
+            dtype=dtype or "",
             max_model_len=max_model_len,
             tool_call_parser=tool_call_parser,
             dev=dev,
-            extra=extra,
+            extra=tuple(extra),
         )
+        launch = flags.completed(launch, default=model in (None, DEFAULT_MODEL))
         on_step(f"Starting vLLM with {launch.served_model_name} ({launch.dtype})")
         process, started = _spawn(python, launch, cache / "engine" / "engine.log")
         try:
@@ -138,7 +139,7 @@ def _compatible(running: EngineState, model: str | None, dtype: str | None, dev:
     return running
 
 
-def _spawn(python: Path, launch: flags.Launch, log: Path) -> tuple[subprocess.Popen[bytes], EngineState]:
+def _spawn(python: Path, launch: Launch, log: Path) -> tuple[subprocess.Popen[bytes], EngineState]:
     if log.exists():
         log.replace(log.with_suffix(".previous.log"))
     with log.open("wb") as out:
