@@ -7,6 +7,7 @@ the record becomes durable; then the terminal event is released.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 
 import aiohttp
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 CALL = "polar_call"
 RECORD_TIMEOUT_S = 10.0
+LINGER_S = 1.0
 
 
 class Intercept:
@@ -144,10 +146,8 @@ class _Call:
             async with await self._post(step) as response:
                 if response.status != 200:
                     return self._exchange.reject(response.status, await response.content.read(1 << 16))
-                if step.stream:
-                    return await self._relay(response.content)
-                while chunk := await response.content.readany():
-                    self._exchange.feed(chunk)
+                await (self._relay if step.stream else self._next_output)(response.content)
+                await self._linger(response.content)
                 return self._exchange.finish()
         except TimeoutError:
             message = f"the engine was silent for {settings.head_timeout_s:.0f} s or more"
@@ -188,7 +188,8 @@ class _Call:
         except (aiohttp.ServerDisconnectedError, ConnectionResetError):
             return await post()  # a kept-alive connection that the engine had just closed
 
-    async def _relay(self, body: aiohttp.StreamReader) -> bytes | Reply:
+    async def _relay(self, body: aiohttp.StreamReader) -> None:
+        """Send what comes as it comes."""
         exchange = self._exchange
         # A 200 is held back for a moment, so that an engine that breaks at once is still a 529.
         timer = asyncio.timeout(self._capture.settings.head_grace_s)
@@ -201,25 +202,30 @@ class _Call:
             await self._release(exchange.open())
             await self._send(exchange.opening())
             out = await self._next_output(body)
-        if not self._head.done():
-            if not out:
-                return exchange.finish()
+        if out and not self._head.done():
             await self._release(exchange.open())
         while out:
             await self._send(out)
             out = await self._next_output(body)
-        return exchange.finish()
 
     async def _next_output(self, body: aiohttp.StreamReader) -> bytes:
         """What the harness gets for the engine's next bytes; b"" once there is no more to come."""
         exchange = self._exchange
-        while not exchange.ended and (chunk := await body.readany()):
+        while not exchange.complete and (chunk := await body.readany()):
             out = exchange.feed(chunk)
             if exchange.ended and not self._head.done():
                 return b""  # broken before anything was released: `finish` has the reply
             if out:
                 return out
         return b""
+
+    async def _linger(self, body: aiohttp.StreamReader) -> None:
+        """Read on to the end, which should be here by now, so that the connection can serve again."""
+        if not self._exchange.ended and not body.at_eof():
+            with contextlib.suppress(aiohttp.ClientError, OSError):
+                async with asyncio.timeout(LINGER_S):
+                    while await body.readany():
+                        pass
 
     async def _release(self, headers: dict[str, str]) -> None:
         """Let mitmproxy send the head, and wait until it has."""
@@ -238,7 +244,10 @@ class _Call:
         loop, period_s = asyncio.get_running_loop(), self._capture.settings.keepalive_s
         self._silence = loop.call_later(period_s, self._keep_alive)
         if self._begun.done() and loop.time() - self._last_sent >= period_s:
-            self._pinging = loop.create_task(self._send(self._exchange.keepalive()))
+            self._pinging = loop.create_task(self._ping())
+
+    async def _ping(self) -> None:
+        await self._send(self._exchange.keepalive())
 
     def _give_up(self, task: asyncio.Task[None]) -> None:
         """The task is over: whoever waits for a head waits no longer."""

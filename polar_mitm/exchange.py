@@ -85,7 +85,12 @@ class Exchange:
             started_at=clock(),
         )
         self.ended = False
-        """No further bytes of the engine matter: the call has an outcome."""
+        """The call has an outcome."""
+
+    @property
+    def complete(self) -> bool:
+        """No further bytes of the engine matter: it is time to `finish`."""
+        return self.ended or self._stream.done
 
     # -- the request ---------------------------------------------------------------------------------
 

@@ -9,18 +9,12 @@ import pytest
 from polar_mitm_addons import intercept
 from tests.support.engine_bytes import events
 from tests.support.held_engine import HeldEngine
-from tests.support.rig import MESSAGES, RESPONSES, next_event, post, read_until, rig, says
+from tests.support.rig import MESSAGES, RESPONSES, next_event, post, read_until, rig, says, settled
 from tests.support.scripts import Answer
 
 both = pytest.mark.parametrize("url", [MESSAGES, RESPONSES], ids=["anthropic", "openai"])
 LAST = {MESSAGES: "message_stop", RESPONSES: "response.completed"}
 ANSWER = Answer(text="abc", tokens_per_chunk=1)
-
-
-async def settled() -> None:
-    """Everything that is ready to run has run, in this process and in the client's buffers."""
-    for _ in range(50):
-        await asyncio.sleep(0.002)
 
 
 @both

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from tests.support.engine_bytes import PROMPT_IDS, events, sampled
 from tests.support.held_engine import HeldEngine
-from tests.support.rig import MESSAGES, RESPONSES, post, read_until, rig, says
+from tests.support.rig import MESSAGES, RESPONSES, post, read_until, rig, says, until
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.scripts import Answer, always
 
@@ -62,8 +60,7 @@ async def test_in_the_middle_of_a_whole_answer(url: str) -> None:
             box = await r.box()
             async with box.http() as http:
                 asking = post(http, url, stream=False)
-                while not (engine.calls and len(engine.calls[0].sent_token_ids) > 20):
-                    await asyncio.sleep(0.005)  # noqa: ASYNC110
+                await until(lambda: any(len(call.sent_token_ids) > 20 for call in engine.calls))
                 asking.cancel()
                 await engine.calls[0].ended.wait()
             (call,) = await r.recorder.until_calls(1)

@@ -125,6 +125,22 @@ async def rig(engine_url: str, **settings: Any) -> AsyncIterator[Rig]:
         yield Rig(interceptor, recorder)
 
 
+# --- waiting --------------------------------------------------------------------------------------------
+
+
+async def settled() -> None:
+    """Everything that was ready to run has run: what has not happened by now is being waited for."""
+    for _ in range(50):
+        await asyncio.sleep(0.002)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what has no event of its own."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
 # --- asking, and reading a stream ----------------------------------------------------------------------
 
 
