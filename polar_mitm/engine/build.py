@@ -122,7 +122,7 @@ def pip_install(python: Path, *arguments: str | Path, log: Path) -> None:
         ":all:",
         *arguments,
     ]
-    run(command, f"pip install {' '.join(map(str, arguments))}", log)
+    run(command, f"pip install {' '.join(map(str, arguments))} (is there a network?)", log)
 
 
 def tail(log: Path, lines: int = 15) -> str:

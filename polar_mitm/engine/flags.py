@@ -73,8 +73,12 @@ def command(python: Path, launch: Launch) -> list[str]:
         # Otherwise the model's generation_config.json sets sampling parameters that nobody asked for.
         "generation-config": "vllm",
     }
-    switches = ["enable-auto-tool-choice", "enable-prefix-caching", "enable-scale-out"]
-    switches.append("disable-uvicorn-access-log")
+    switches = [
+        "enable-auto-tool-choice",
+        "enable-prefix-caching",
+        "enable-scale-out",
+        "disable-uvicorn-access-log",
+    ]
     if launch.max_model_len is not None:
         flags["max-model-len"] = launch.max_model_len
     if launch.device == "cpu":

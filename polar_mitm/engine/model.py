@@ -74,7 +74,7 @@ def _fetch(cache: Path, scratch: Path, log: Path, on_step: OnStep) -> Path:
         "--pack-destination",
         scratch,
     ]
-    run(command, f"npm pack {_PACKAGE}@{_VERSION}", log, with_path(path))
+    run(command, f"npm pack {_PACKAGE}@{_VERSION} (is there a network?)", log, with_path(path))
     archive = scratch / f"{_PACKAGE}-{_VERSION}.tgz"
     digest = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
     if digest != _SHA512:

@@ -108,18 +108,8 @@ def test_the_default_model_knows_something(running: EngineState) -> None:
 
 
 def test_its_window_holds_a_harness(running: EngineState) -> None:
+    # vLLM does not start with a window that its KV cache cannot hold.
     assert running.max_model_len == 32_768
-    answer = _post(
-        running.url,
-        "/v1/completions",
-        {
-            "model": running.served_model_name,
-            "prompt": [3 + i % 6000 for i in range(32_000)],
-            "max_tokens": 4,
-            "ignore_eos": True,
-        },
-    )
-    assert answer["usage"] == answer["usage"] | {"prompt_tokens": 32_000, "completion_tokens": 4}
 
 
 def test_its_template_renders_whole_conversations(running: EngineState) -> None:
