@@ -47,7 +47,7 @@ def completed(launch: Launch, *, default: bool) -> Launch:
     """The launch with what was not said filled in; `default` says that it is the default model.
 
     That one is served in float32 on a CPU: sampled logprobs then agree with a trainer's to 5e-6 (0.04 in
-    bfloat16), for a fifth of the speed. Any other model keeps its own dtype.
+    bfloat16), and it is a fifth slower. Any other model keeps its own dtype.
     """
     config = read_config(launch.model)
     own = config.get("max_position_embeddings")
