@@ -1,0 +1,249 @@
+"""Reading a store: from its file, or through its recorder's process while that runs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from polar_mitm.errors import StoreError
+from polar_mitm.store import rows, schema, share
+from polar_mitm.store.bodies import unpack
+from polar_mitm.store.chains import Link, whole_prompt
+from polar_mitm.types import EgressEvent, ModelCall, Reward, Rollout
+
+_SHARE_WAIT_S = 3.0
+_POLL_S = 0.02
+
+
+class _File:
+    """The file itself, brought to the newest schema first."""
+
+    def __init__(self, path: Path) -> None:
+        self.con = schema.connect(path, read_only=True)
+        try:
+            if schema.check_version(self.con) < schema.migrations()[-1].version:
+                self.con.close()
+                with schema.connect(path) as con:
+                    schema.migrate(con)
+                self.con = schema.connect(path, read_only=True)
+            schema.lock_down(self.con)
+        except BaseException:
+            self.con.close()
+            raise
+
+    def select(self, query: str) -> pa.Table:
+        return self.con.execute(query).to_arrow_table()
+
+
+class _Remote:
+    """The process that records."""
+
+    def __init__(self, live: share.Live) -> None:
+        self._live = live
+        self.con = share.client()
+
+    def select(self, query: str) -> pa.Table:
+        return share.remote_select(self.con, self._live, query).to_arrow_table()
+
+
+def open_reader(path: Path) -> StoreReader:
+    """A reader of the store at `path`, whether a capture is writing it now or not.
+
+    An older store is brought to the newest schema first. While a reader has the file itself open, no recorder
+    can open it: close readers that are not in use.
+
+    Raises:
+        StoreError: no such file, no store, newer than this program, or locked by one that does not share.
+    """
+    reader = StoreReader(path.absolute())
+    try:
+        reader.connect()
+    except BaseException:
+        reader.close()
+        raise
+    return reader
+
+
+class StoreReader:
+    """SELECTs on one store, and its records as structs; not for two threads at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.schema_version = 0
+        self._source: _File | _Remote | None = None
+
+    def connect(self) -> None:
+        """Find the way to the store. Raises StoreError as `open_reader` does."""
+        deadline = time.monotonic() + _SHARE_WAIT_S
+        while True:
+            try:
+                self._source = self._find()
+                break
+            except schema.StoreLocked:
+                # A recorder that is starting or ending has the file, but serves nobody.
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_POLL_S)
+        version = self._source.select("SELECT max(version) AS version FROM schema_migrations")
+        self.schema_version = version["version"][0].as_py()
+
+    def sql(self, query: str) -> pa.Table:
+        """The result of one SELECT over the views `calls`, `calls_full`, `wire`, `rollouts`, ... as Arrow.
+
+        Raises:
+            StoreError: not one SELECT statement, or an error in it.
+        """
+        if self._source is None:
+            raise StoreError("the reader is closed")
+        try:
+            statements = self._source.con.extract_statements(query)
+        except duckdb.Error as error:
+            raise StoreError(str(error)) from error
+        if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+            raise StoreError("only a single SELECT can be run on a store")
+        return self._select(statements[0].query)
+
+    def rollouts(self) -> list[Rollout]:
+        """All rollouts, oldest first."""
+        return [
+            Rollout(**r) for r in self._select("FROM rollouts ORDER BY started_at, rollout_id").to_pylist()
+        ]
+
+    def rewards(self) -> list[Reward]:
+        """All verdicts, oldest first."""
+        return [Reward(**r) for r in self._select('FROM rewards ORDER BY "at"').to_pylist()]
+
+    def egress(self, rollout_id: str | None = None) -> list[EgressEvent]:
+        """What was refused or stubbed, oldest first."""
+        query = f'FROM egress{_where(rollout_id)} ORDER BY "at"'
+        return [EgressEvent(**r) for r in self._select(query).to_pylist()]
+
+    def calls(
+        self, rollout_id: str | None = None, tokens: bool = True, wire: bool = False
+    ) -> list[ModelCall]:
+        """Calls, by rollout, in the order of its requests; `tokens` and `wire` only where asked for."""
+        found = self._calls(f"{_where(rollout_id)} ORDER BY rollout_id, seq, call_id")
+        if tokens:
+            self._add_tokens(found, rollout_id)
+        if wire:
+            self._add_wire(found, f"FROM wire{_where(rollout_id)}")
+        return found
+
+    def call(self, call_id: str) -> ModelCall | None:
+        """One call whole, by its id or by the only beginning or end of one; None where there is none.
+
+        Raises:
+            StoreError: several calls begin or end so.
+        """
+        text = rows.quote(call_id)
+        found = self._calls(f" WHERE starts_with(call_id, {text}) OR ends_with(call_id, {text}) LIMIT 20")
+        exact = [c for c in found if c.call_id == call_id]
+        if not found:
+            return None
+        if len(found) > 1 and not exact:
+            raise StoreError(f"{call_id!r} may be {', '.join(c.call_id for c in found[:5])}")
+        chosen = (exact or found)[:1]
+        self._add_tokens(chosen, chosen[0].rollout_id)
+        chain = (
+            "WITH RECURSIVE chain AS ("
+            f"FROM wire WHERE call_id = {rows.quote(chosen[0].call_id)} UNION ALL "
+            "SELECT w.* FROM wire w JOIN chain ON w.call_id = chain.body_base_id) FROM chain"
+        )
+        self._add_wire(chosen, chain)
+        return chosen[0]
+
+    def prompt(self, call_id: str) -> list[int]:
+        """The whole prompt [P] of one call.
+
+        Raises:
+            StoreError: there is no such call.
+        """
+        query = f"SELECT any_value(rollout_id) AS id FROM calls WHERE call_id = {rows.quote(call_id)}"
+        rollout_id = self._select(query)["id"][0].as_py()
+        if rollout_id is None:
+            raise StoreError(f"no call {call_id} in {self.path}")
+        return whole_prompt(call_id, self._links(rollout_id), {})
+
+    def close(self) -> None:
+        """Let go of the store."""
+        if self._source:
+            self._source.con.close()
+            self._source = None
+
+    def __enter__(self) -> StoreReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- behind it ------------------------------------------------------------------------------------
+
+    def _find(self) -> _File | _Remote:
+        live = share.find_live(self.path)
+        if live is None:
+            if not self.path.exists():
+                raise StoreError(f"there is no store {self.path}")
+            return _File(self.path)
+        if not live.uri:
+            raise schema.StoreLocked(self.path, live.pid)
+        remote = _Remote(live)
+        try:
+            remote.select("SELECT 1")
+        except duckdb.IOException as error:  # it ended since we looked
+            remote.con.close()
+            raise schema.StoreLocked(self.path, live.pid) from error
+        return remote
+
+    def _select(self, query: str) -> pa.Table:
+        if self._source is None:
+            raise StoreError("the reader is closed")
+        try:
+            return self._source.select(query)
+        except duckdb.IOException as error:
+            if isinstance(self._source, _File):
+                raise StoreError(f"{self.path} cannot be read: {error}") from error
+        except duckdb.Error as error:
+            raise StoreError(str(error)) from error
+        self.close()  # the recorder has ended: the store is at its file now, or with the next one
+        self.connect()
+        return self._source.select(query)
+
+    def _calls(self, rest: str) -> list[ModelCall]:
+        found = self._select(f"SELECT {', '.join(rows.CALL)} FROM stored_calls{rest}")
+        return [rows.call_of(row) for row in found.to_pylist()]
+
+    def _links(self, rollout_id: str | None) -> dict[str, Link]:
+        return rows.links_of(self._select(rows.links_sql(rollout_id)))
+
+    def _add_tokens(self, calls: list[ModelCall], rollout_id: str | None) -> None:
+        links = self._links(rollout_id)
+        done: dict[str, list[int]] = {}
+        for call in calls:
+            call.prompt_token_ids = whole_prompt(call.call_id, links, done)
+            call.completion_token_ids = links[call.call_id].completion
+            call.behaviour_logprobs = links[call.call_id].logprobs
+
+    def _add_wire(self, calls: list[ModelCall], query: str) -> None:
+        stored = {row["call_id"]: row for row in self._select(query).to_pylist()}
+        done: dict[str, tuple[bytes, bytes]] = {}
+
+        def bodies(call_id: str | None) -> tuple[bytes, bytes]:
+            if call_id is None:
+                return b"", b""
+            if call_id not in done:
+                row = stored[call_id]
+                request, upstream = bodies(row["body_base_id"])
+                done[call_id] = unpack(row["request_body"], request), unpack(row["upstream_body"], upstream)
+            return done[call_id]
+
+        for call in calls:
+            row = stored[call.call_id]
+            request, call.upstream_body = bodies(call.call_id)
+            call.wire = rows.wire_of(row, request, unpack(row["response_body"]))
+
+
+def _where(rollout_id: str | None) -> str:
+    return "" if rollout_id is None else f" WHERE rollout_id = {rows.quote(rollout_id)}"

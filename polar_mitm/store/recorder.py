@@ -1,0 +1,367 @@
+"""The only writer of a store: a bounded queue, one thread that packs, one that commits, group commit.
+
+Callers hand over a record and get a future; they never wait for a disk and never see an exception. Whatever
+goes wrong, the harness keeps its answers: the future resolves False, the rollout is incomplete, and the
+operator hears of it once.
+
+While one batch is committed the next is packed, so neither the processor nor the disk waits for the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import duckdb
+
+from polar_mitm.errors import StoreError
+from polar_mitm.store.hold import Hold
+from polar_mitm.store.inbox import Inbox, Item, Record
+from polar_mitm.store.packing import AlreadyRecorded
+from polar_mitm.store.schema import NotAStore
+from polar_mitm.store.writer import Batch, FileVanished
+from polar_mitm.types import EgressEvent, ModelCall, Reward, Rollout
+
+_log = logging.getLogger(__name__)
+_MAX_PENDING_BYTES = 256 << 20
+_MAX_COMMIT_BYTES = 64 << 20
+_LOCK_WAIT_S = 2.0
+_RETRY_S = 1.0
+_CLOSE_S = 60.0
+_MAX_ALARMS = 100
+_FAILURES = (duckdb.Error, OSError, StoreError)
+# What is wrong with a record, not with the store.
+_CONTENT_ERRORS = (duckdb.DataError, duckdb.ProgrammingError, ValueError, TypeError, OverflowError)
+
+
+class _Pending:
+    """A batch in the making, and who waits for it."""
+
+    def __init__(self) -> None:
+        self.batch = Batch()
+        self.items: list[Item] = []
+        self.size = 0
+
+
+class Recorder:
+    """Writes one store.
+
+    Args:
+        path: the store; made with its folder where missing.
+        flush_interval_s: commits begin at least this far apart, so that a burst shares one.
+        max_pending: records that may wait; one more is refused, and its rollout is incomplete.
+        on_alarm: called with one sentence per distinct problem, from any thread.
+        share: let other processes read while this one writes.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        flush_interval_s: float = 0.01,
+        max_pending: int = 4096,
+        on_alarm: Callable[[str], None] = _log.error,
+        share: bool = True,
+    ) -> None:
+        self.path = path.absolute()
+        """The store that records go to; the rescue store where there is one."""
+        self.rescue_path: Path | None = None
+        self._flush_interval_s = flush_interval_s
+        self._on_alarm = on_alarm
+        self._share = share
+        self._inbox = Inbox(max_pending, _MAX_PENDING_BYTES)
+        self._thread: threading.Thread | None = None
+        self._alarm_lock = threading.Lock()
+        self._alarms: set[str] = set()
+        self._incomplete: dict[str, str] = {}
+        self._unmarked: dict[str, str] = {}
+        self._rescue_reason: str | None = None
+        self._touched: set[str] = set()
+        self._hold: Hold | None = None
+        self._lost: Exception = StoreError(f"{path} is not open")
+        self._retry_at = 0.0
+        # One batch is packed while another is committed.
+        self._packed = _Pending()
+        self._committing = _Pending()
+        self._outcome: Future[Exception | None] | None = None
+        self._begun_at = 0.0
+        self._gave_up = False
+
+    # --- for callers --------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Open the store, or a rescue store next to it or in the folder for temporary files.
+
+        Raises:
+            StoreError: the file is no store, or a newer program's: a mistake to mend before anything runs.
+        """
+        try:
+            self._hold = self._take(self.path, _LOCK_WAIT_S)
+        except NotAStore:
+            raise
+        except _FAILURES as error:
+            self._open_rescue(error)
+        self._thread = threading.Thread(target=self._run, name="polar-mitm-store", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Store what is queued, checkpoint, and let go of the file. Further records resolve False."""
+        self._inbox.close()
+        if self._thread is not None:
+            self._thread.join(_CLOSE_S)
+            if self._thread.is_alive():
+                self._alarm(f"{self.path} did not take its last records in {_CLOSE_S:.0f} s")
+
+    def __enter__(self) -> Recorder:
+        self.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def rollout(self, r: Rollout) -> Future[bool]:
+        """Store a rollout, or what became of it. True when durable."""
+        return self._submit(r)
+
+    def call(self, c: ModelCall) -> Future[bool]:
+        """Store a call, which the caller does not change any more. True when durable."""
+        return self._submit(c)
+
+    def egress(self, e: EgressEvent) -> None:
+        """Store an event that is no model call."""
+        self._submit(e)
+
+    def reward(self, r: Reward) -> Future[bool]:
+        """Store a verdict. True when durable."""
+        return self._submit(r)
+
+    def incomplete(self, rollout_id: str) -> str | None:
+        """Why the record of a rollout has holes; None when it has none."""
+        return self._incomplete.get(rollout_id) or self._rescue_reason
+
+    def _submit(self, record: Record) -> Future[bool]:
+        item = Item(record)
+        if self._thread is None or self._inbox.closed:
+            self._fail([item], f"{self.path} is not open for a record that came")
+        elif not self._inbox.put(item):
+            self._fail([item], f"{self.path} cannot keep up, and records are dropped")
+        return item.future
+
+    # --- the packing thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        with ThreadPoolExecutor(1, thread_name_prefix="polar-mitm-commit") as committer:
+            while not (self._inbox.drained and self._idle):
+                items = self._inbox.take(_MAX_COMMIT_BYTES - self._packed.size, self._patience())
+                try:
+                    items = self._settle() + items
+                    for item in items:
+                        self._begin_commit(committer)
+                        self._pack(item, self._packed)
+                    self._begin_commit(committer)
+                except Exception as error:  # a bug of ours must not leave callers waiting for ever
+                    self._fail(self._packed.items + items, f"recording failed: {error!r}")
+                    self._packed = _Pending()
+        if self._hold:
+            try:
+                self._hold.writer.compact(force=True)
+            except _FAILURES as error:
+                self._alarm(f"{self.path} is left with its log: {_first_line(error)}")
+            self._let_go()
+
+    @property
+    def _idle(self) -> bool:
+        return not (self._outcome or self._packed.items or (self._unmarked and not self._gave_up))
+
+    def _patience(self) -> float | None:
+        """How long to wait for the next record when nothing else happens."""
+        if self._outcome:
+            return None  # the commit's end will be heard of
+        if self._packed.items:
+            return max(0.0, self._begun_at + self._flush_interval_s - time.monotonic())
+        if self._inbox.closed:
+            return 0.0
+        return _RETRY_S if self._unmarked else None
+
+    def _pack(self, item: Item, pending: _Pending) -> None:
+        """Add a record to a batch."""
+        record, batch = item.record, pending.batch
+        try:
+            match record:
+                case ModelCall():
+                    batch.calls.append(self._held().writer.packer.pack(record))
+                    self._touched.add(record.rollout_id)
+                case Rollout():
+                    batch.rollouts.append(record)
+                case Reward():
+                    batch.rewards.append(record)
+                case EgressEvent():
+                    batch.egress.append(record)
+        except AlreadyRecorded as error:
+            self._alarm(str(error))
+            item.resolve(False)
+            return
+        except _CONTENT_ERRORS as error:
+            self._fail([item], f"a call could not be stored: {_first_line(error)}")
+            return
+        except _FAILURES as error:
+            self._fail([item], f"cannot write to {self.path}: {_first_line(error)}")
+            return
+        if self._rescue_reason and not isinstance(record, EgressEvent):
+            self._mark(record.rollout_id, self._rescue_reason)
+        pending.items.append(item)
+        pending.size += item.size
+
+    def _begin_commit(self, committer: ThreadPoolExecutor) -> None:
+        """Commit what is packed, unless a commit runs or has only just begun."""
+        if self._outcome or not (self._packed.items or (self._unmarked and not self._gave_up)):
+            return
+        if time.monotonic() < self._begun_at + self._flush_interval_s and not self._inbox.closed:
+            return
+        self._begun_at = time.monotonic()
+        self._committing, self._packed = self._packed, _Pending()
+        try:
+            hold = self._held()
+        except _FAILURES as error:
+            self._recover(self._committing, error)
+            return
+        self._outcome = committer.submit(self._commit, hold, self._committing)
+        self._outcome.add_done_callback(lambda _: self._inbox.poke())
+
+    def _commit(self, hold: Hold, pending: _Pending) -> Exception | None:
+        """Store a batch and tell who waits for it; raises when nothing of it is stored.
+
+        Returns:
+            Why the checkpoint after it failed, if it did.
+        """
+        pending.batch.marks = dict(self._unmarked)
+        hold.writer.commit(pending.batch)
+        for item in pending.items:
+            item.resolve(True)
+        for rollout_id in pending.batch.marks:
+            self._unmarked.pop(rollout_id, None)
+        try:
+            hold.writer.compact()
+        except _FAILURES as error:
+            return error
+        return None
+
+    def _settle(self) -> list[Item]:
+        """See to the commit that has ended. Returns what has to be packed again because it failed."""
+        if not self._outcome or not self._outcome.done():
+            return []
+        error, outcome = self._outcome.exception(), self._outcome
+        self._outcome = None
+        if isinstance(error, Exception):
+            self._recover(self._committing, error)
+        elif warning := outcome.result():
+            self._alarm(f"cannot checkpoint {self.path}: {_first_line(warning)}")
+            self._let_go()
+        else:
+            return []
+        # It stands on what is not stored.
+        items, self._packed = self._packed.items, _Pending()
+        self._undo(items)
+        return items
+
+    def _recover(self, pending: _Pending, error: Exception) -> None:
+        """Deal with a batch that could not be committed."""
+        self._undo(pending.items)
+        self._gave_up = self._inbox.closed
+        if isinstance(error, FileVanished):
+            for rollout_id in self._touched:
+                self._mark(rollout_id, str(error))
+            self._let_go()
+            self._fail(pending.items, str(error))
+        elif isinstance(error, _CONTENT_ERRORS) and len(pending.items) > 1:
+            # Some record in it is at fault: the others are not to suffer.
+            middle = len(pending.items) // 2
+            for half in (pending.items[:middle], pending.items[middle:]):
+                part = _Pending()
+                for item in half:
+                    self._pack(item, part)
+                try:
+                    self._commit(self._held(), part)
+                except (*_CONTENT_ERRORS, *_FAILURES) as again:
+                    self._recover(part, again)
+        else:
+            self._fail(pending.items, f"cannot write to {self.path}: {_first_line(error)}")
+            if self._hold and not self._hold.writer.usable():
+                self._let_go()
+
+    def _undo(self, items: list[Item]) -> None:
+        if self._hold:
+            self._hold.writer.packer.undo(i.record.call_id for i in items if isinstance(i.record, ModelCall))
+
+    # --- the file -------------------------------------------------------------------------------------
+
+    def _take(self, path: Path, wait_s: float = 0.0) -> Hold:
+        return Hold(path, wait_s, share=self._share, on_alarm=self._alarm)
+
+    def _held(self) -> Hold:
+        """The hold on the store, taken again where a failure has cost it, though not without a pause."""
+        if self._hold is None:
+            if time.monotonic() < self._retry_at:
+                raise self._lost
+            self._retry_at = time.monotonic() + _RETRY_S
+            try:
+                self._hold = self._take(self.path)
+            except _FAILURES as error:
+                self._lost = error
+                raise
+        return self._hold
+
+    def _let_go(self) -> None:
+        if self._hold:
+            self._hold.release()
+            self._hold = None
+
+    def _open_rescue(self, cause: Exception) -> None:
+        why = f"{self.path} cannot be written ({_first_line(cause)})"
+        for folder in (self.path.parent, Path(tempfile.gettempdir())):
+            path = folder / f"{self.path.stem}.rescue-{os.getpid()}.duckdb"
+            try:
+                self._hold = self._take(path)
+            except _FAILURES:
+                continue
+            self.path = self.rescue_path = path
+            self._rescue_reason = f"recorded in {path}: {why}"
+            self._alarm(f"{why}: recording into {path}, all of it marked incomplete")
+            return
+        self._rescue_reason = f"nothing is recorded: {why}"
+        self._alarm(f"{why}, and no rescue store can be made either: nothing is recorded")
+
+    # --- trouble --------------------------------------------------------------------------------------
+
+    def _fail(self, items: list[Item], why: str) -> None:
+        """These are not stored."""
+        for item in items:
+            if isinstance(item.record, ModelCall | Rollout):
+                self._mark(item.record.rollout_id, why)
+        self._alarm(f"{why}; the rollouts concerned are marked incomplete")
+        for item in items:
+            item.resolve(False)
+
+    def _mark(self, rollout_id: str, why: str) -> None:
+        if rollout_id not in self._incomplete:
+            self._incomplete[rollout_id] = self._unmarked[rollout_id] = why
+
+    def _alarm(self, text: str) -> None:
+        with self._alarm_lock:
+            if text in self._alarms or len(self._alarms) >= _MAX_ALARMS:
+                return
+            self._alarms.add(text)
+        try:
+            self._on_alarm(text)
+        except Exception:  # whatever an operator's hook does, recording goes on
+            _log.exception("on_alarm failed for: %s", text)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or repr(error)).splitlines()[0]

@@ -1,0 +1,238 @@
+"""Records to rows and back: the one place that knows both the structs' fields and the tables' columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from polar_mitm.store.chains import Link
+from polar_mitm.store.redact import redact_headers, redact_path
+from polar_mitm.types import EgressEvent, ModelCall, Reward, Rollout, Sampling, Usage, Wire
+
+Columns = Mapping[str, pa.DataType]
+Row = tuple[Any, ...]
+
+_STR, _INT, _BIG, _REAL, _FLAG = pa.string(), pa.int32(), pa.int64(), pa.float64(), pa.bool_()
+_BYTES = pa.large_binary()  # a commit may hold more than 2 GiB
+
+ROLLOUT: Columns = {
+    "rollout_id": _STR, "group_id": _STR, "task_id": _STR, "sample_index": _INT, "harness": _STR,
+    "harness_version": _STR, "command": _STR, "status": _STR, "stop_reason": _STR, "exit_code": _INT,
+    "incomplete": _STR, "engine": _STR, "model": _STR, "started_at": _REAL, "ended_at": _REAL,
+}  # fmt: skip
+CALL: Columns = {
+    "call_id": _STR, "rollout_id": _STR, "seq": _BIG, "dialect": _STR, "route": _STR, "status": _STR,
+    "model_requested": _STR, "model_served": _STR, "role": _STR, "parent_call_id": _STR, "stream": _FLAG,
+    "delivered": _FLAG, "finish_reason": _STR, "error": _STR, "policy_version": _STR,
+    "sampling_requested": _STR, "sampling": _STR, "notes": _STR, "usage": _STR, "started_at": _REAL,
+    "first_token_at": _REAL, "ended_at": _REAL, "num_prompt": _INT,
+    "prompt_parent_id": _STR, "prompt_shared": _INT,
+}  # fmt: skip
+WIRE: Columns = {
+    "http": _STR, "body_base_id": _STR, "request_body": _BYTES, "upstream_body": _BYTES,
+    "response_body": _BYTES, "pacing": _BYTES,
+}  # fmt: skip
+TOKENS: Columns = {
+    "prompt_suffix": _STR, "completion_token_ids": _STR, "behaviour_logprobs": pa.list_(pa.float32()),
+}  # fmt: skip
+REWARD: Columns = {
+    "rollout_id": _STR, "name": _STR, "value": _REAL, "verifier": _STR, "evidence": _STR, "at": _REAL
+}  # fmt: skip
+EGRESS: Columns = {
+    "rollout_id": _STR, "at": _REAL, "verdict": _STR, "layer": _STR, "name": _STR, "detail": _STR
+}  # fmt: skip
+
+_CALL_FIELDS = frozenset(ModelCall.__struct_fields__)
+_json = msgspec.json.Encoder()
+
+
+def call_row(call: ModelCall, prompt_parent_id: str | None, prompt_shared: int) -> Row:
+    """The part of a call's row that `CALL` describes."""
+    return (
+        call.call_id,
+        call.rollout_id,
+        call.seq,
+        call.dialect,
+        _text(call.route),
+        call.status,
+        _text(call.model_requested),
+        _text(call.model_served),
+        call.role,
+        call.parent_call_id,
+        call.stream,
+        call.delivered,
+        call.finish_reason,
+        _text(call.error),
+        _text(call.policy_version),
+        _as_json(call.sampling_requested),
+        _as_json(call.sampling),
+        _as_json(call.notes),
+        _as_json(call.usage),
+        call.started_at,
+        call.first_token_at,
+        call.ended_at,
+        len(call.prompt_token_ids),
+        prompt_parent_id,
+        prompt_shared,
+    )
+
+
+class _Http(msgspec.Struct):
+    """What the column `http` holds."""
+
+    method: str
+    host: str
+    path: str
+    status: int
+    request_headers: list[tuple[str, str]]
+    response_headers: list[tuple[str, str]]
+
+
+def wire_row(
+    wire: Wire,
+    known: tuple[bytes, ...],
+    base_id: str | None,
+    request: bytes,
+    upstream: bytes,
+    response: bytes,
+) -> Row:
+    """The part of a call's row that `WIRE` describes, out of packed bodies; `known` secrets are removed."""
+    http = _Http(
+        wire.method,
+        wire.host,
+        redact_path(wire.path, known),
+        wire.status,
+        redact_headers(wire.request_headers, known),
+        redact_headers(wire.response_headers, known),
+    )
+    pacing = msgspec.msgpack.encode((wire.chunk_sizes, wire.chunk_at_ms))
+    return _as_json(http), base_id, request, upstream, response, pacing
+
+
+def rollout_row(r: Rollout, incomplete: str | None) -> Row:
+    """The row of a rollout, with the recorder's own word on its holes where it has one."""
+    row = {name: getattr(r, name) for name in ROLLOUT}
+    row |= {"command": _as_json(r.command), "incomplete": r.incomplete or incomplete}
+    return tuple(_text(v) if isinstance(v, str) else v for v in row.values())
+
+
+def plain_row(record: Reward | EgressEvent, columns: Columns) -> Row:
+    """The row of a record whose fields are its columns."""
+    return tuple(_text(v) if isinstance(v, str) else v for v in (getattr(record, name) for name in columns))
+
+
+class Source:
+    """What DuckDB scans when a statement names it: the rows it was filled with last.
+
+    Registered once: registering anew for each statement takes as long as the statement.
+    """
+
+    def __init__(self, columns: Columns) -> None:
+        self._columns = columns
+        self._table = pa.schema(list(columns.items())).empty_table()
+
+    def fill(self, rows: Sequence[Row]) -> None:
+        """Hold `rows`. Raises ValueError, TypeError or OverflowError for what a column cannot hold."""
+        arrays = [_array(v, t) for v, t in zip(zip(*rows, strict=True), self._columns.values(), strict=True)]
+        self._table = pa.Table.from_arrays(arrays, names=list(self._columns))
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        return self._table.__arrow_c_stream__(requested_schema)
+
+
+def call_of(row: Mapping[str, Any]) -> ModelCall:
+    """The call of a row of `stored_calls`, without tokens and wire."""
+    fields = {name: row[name] for name in CALL if name in _CALL_FIELDS}
+    fields["sampling_requested"] = msgspec.json.decode(row["sampling_requested"], type=Sampling)
+    fields["sampling"] = msgspec.json.decode(row["sampling"], type=Sampling)
+    fields["notes"] = msgspec.json.decode(row["notes"], type=list[str])
+    fields["usage"] = msgspec.json.decode(row["usage"], type=Usage)
+    return ModelCall(**fields)
+
+
+def wire_of(row: Mapping[str, Any], request_body: bytes, response_body: bytes) -> Wire:
+    """The wire of a row of the view `wire`, its bodies already unpacked."""
+    http = msgspec.json.decode(row["http"], type=_Http)
+    chunk_sizes, chunk_at_ms = msgspec.msgpack.decode(row["pacing"], type=tuple[list[int], list[float]])
+    return Wire(
+        method=http.method,
+        host=http.host,
+        path=http.path,
+        request_headers=http.request_headers,
+        request_body=request_body,
+        status=http.status,
+        response_headers=http.response_headers,
+        response_body=response_body,
+        chunk_sizes=chunk_sizes,
+        chunk_at_ms=chunk_at_ms,
+    )
+
+
+def links_sql(rollout_id: str | None) -> str:
+    """The query whose answer `links_of` takes: one rollout, or all. Oldest first."""
+    where = "" if rollout_id is None else f"WHERE rollout_id = {quote(rollout_id)}"
+    return (
+        "SELECT call_id, prompt_parent_id, prompt_shared, prompt_suffix, completion_token_ids, "
+        f"behaviour_logprobs FROM stored_calls {where} ORDER BY started_at, call_id"
+    )
+
+
+def links_of(found: pa.Table) -> dict[str, Link]:
+    """call id -> how its tokens are stored."""
+    columns = [found[name].to_pylist() for name in ("call_id", "prompt_parent_id", "prompt_shared")]
+    columns += [
+        lists(found[name]) for name in ("prompt_suffix", "completion_token_ids", "behaviour_logprobs")
+    ]
+    return {call_id: Link(*rest) for call_id, *rest in zip(*columns, strict=True)}
+
+
+def quote(text: str) -> str:
+    """A SQL string literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def lists(column: pa.ChunkedArray) -> list[list[Any]]:
+    """A list column as Python lists, through one flat array: many times faster than `to_pylist`."""
+    out = []
+    for chunk in column.chunks:
+        flat = chunk.flatten().to_numpy(zero_copy_only=False).tolist()
+        at = 0
+        for length in chunk.value_lengths().to_numpy(zero_copy_only=False).tolist():
+            out.append(flat[at : at + length])
+            at += length
+    return out
+
+
+def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    if not pa.types.is_list(kind):
+        return pa.array(values, kind)
+    offsets = np.zeros(len(values) + 1, np.int32)
+    np.cumsum([len(v) for v in values], out=offsets[1:])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(values), kind.value_type))
+
+
+def _text(value: str | None) -> str | None:
+    """Text that UTF-8 can hold: a lone surrogate becomes a question mark."""
+    return value if value is None or value.isascii() else value.encode("utf-8", "replace").decode()
+
+
+def _as_json(value: Any) -> str:
+    try:
+        return _json.encode(value).decode()
+    except UnicodeEncodeError:
+        return _json.encode(_scrub(value)).decode()
+
+
+def _scrub(value: Any) -> Any:
+    """`value` as plain objects whose every text UTF-8 can hold."""
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, list | tuple):
+        return [_scrub(v) for v in value]
+    if isinstance(value, msgspec.Struct):
+        return {k: _scrub(v) for k, v in msgspec.structs.asdict(value).items() if v is not None}
+    return value

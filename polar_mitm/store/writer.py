@@ -1,0 +1,147 @@
+"""The database side of a recorder: packed batches in, transactions out; no queues, no futures."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import duckdb
+
+from polar_mitm.errors import StoreError
+from polar_mitm.store import rows, schema
+from polar_mitm.store.packing import CallPacker
+from polar_mitm.types import EgressEvent, Reward, Rollout
+
+_MAX_WAL_BYTES = 64 << 20
+
+_SOURCES = {
+    "new_rollouts": rows.ROLLOUT,
+    "new_calls": {**rows.CALL, **rows.WIRE, **rows.TOKENS},
+    "new_rewards": rows.REWARD,
+    "new_egress": rows.EGRESS,
+}
+_NEW = ", ".join(f"n.{c}" for c in rows.ROLLOUT)
+_SET = ", ".join(f"{c} = n.{c}" for c in rows.ROLLOUT if c not in ("rollout_id", "incomplete"))
+_MERGE = f"""
+    MERGE INTO rollout_rows t USING new_rollouts n ON t.rollout_id = n.rollout_id
+    WHEN MATCHED THEN UPDATE SET {{update}}incomplete = coalesce(t.incomplete, n.incomplete)
+    WHEN NOT MATCHED THEN INSERT ({", ".join(rows.ROLLOUT)}) VALUES ({_NEW})
+"""
+_UPSERT = _MERGE.format(update=_SET + ", ")
+_MARK = _MERGE.format(update="")
+_INSERT_CALLS = """
+    INSERT INTO call_log SELECT * REPLACE (behaviour_logprobs::VARCHAR AS behaviour_logprobs) FROM new_calls
+"""
+_MOVE_CALLS = """
+    INSERT INTO call_rows SELECT * REPLACE (
+        prompt_suffix::INTEGER[] AS prompt_suffix,
+        completion_token_ids::INTEGER[] AS completion_token_ids,
+        behaviour_logprobs::FLOAT[] AS behaviour_logprobs
+    ) FROM call_log
+"""
+
+
+class FileVanished(OSError):
+    """The store's file is no longer at its path: what was stored in it is lost."""
+
+
+@dataclass
+class Batch:
+    """What one transaction stores. `calls` are rows; `marks` says of a rollout why its record has holes."""
+
+    rollouts: list[Rollout] = field(default_factory=list)
+    calls: list[rows.Row] = field(default_factory=list)
+    rewards: list[Reward] = field(default_factory=list)
+    egress: list[EgressEvent] = field(default_factory=list)
+    marks: dict[str, str] = field(default_factory=dict)
+
+
+class StoreWriter:
+    """An open store, migrated to the newest schema. One thread commits; another may use `packer` meanwhile.
+
+    Raises:
+        StoreLocked, NotAStore, StoreError: from the constructor, when the file cannot be had for writing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.con = schema.connect(path)
+        try:
+            schema.migrate(self.con)
+            self._sources = {name: rows.Source(columns) for name, columns in _SOURCES.items()}
+            for name, source in self._sources.items():
+                self.con.register(name, source)
+            reading = self.con.cursor()
+            reading.execute("USE store")
+            self.packer = CallPacker(reading)
+        except (StoreError, duckdb.Error):
+            self.con.close()
+            raise
+        self._wal = path.with_name(path.name + ".wal")
+        self._inode = path.stat().st_ino
+
+    def commit(self, batch: Batch) -> None:
+        """Store a batch in one transaction; on return it is durable.
+
+        Raises:
+            FileVanished: the file was deleted; nothing that was ever stored in it is safe.
+            duckdb.Error, OSError, ValueError, TypeError, OverflowError: nothing of the batch is stored.
+        """
+        # Updates of one row twice in a transaction conflict: the last word on a rollout is the only one.
+        rollouts = {r.rollout_id: rows.rollout_row(r, batch.marks.get(r.rollout_id)) for r in batch.rollouts}
+        marks = [
+            rows.rollout_row(Rollout(rollout_id, started_at=time.time()), why)
+            for rollout_id, why in batch.marks.items()
+            if rollout_id not in rollouts
+        ]
+        try:
+            self.con.execute("BEGIN")
+            self._put("new_rollouts", _UPSERT, list(rollouts.values()))
+            self._put("new_rollouts", _MARK, marks)
+            self._put("new_calls", _INSERT_CALLS, batch.calls)
+            rewards = [rows.plain_row(r, rows.REWARD) for r in batch.rewards]
+            self._put("new_rewards", "INSERT INTO rewards FROM new_rewards", rewards)
+            egress = [rows.plain_row(e, rows.EGRESS) for e in batch.egress]
+            self._put("new_egress", "INSERT INTO egress FROM new_egress", egress)
+            self.con.execute("COMMIT")
+        except BaseException:
+            with suppress(duckdb.Error):  # a failed COMMIT has ended the transaction already
+                self.con.execute("ROLLBACK")
+            raise
+        # A file that was deleted under us takes writes as if nothing had happened.
+        if not self.path.exists() or self.path.stat().st_ino != self._inode:
+            raise FileVanished(f"{self.path} was deleted or replaced while in use")
+
+    def compact(self, *, force: bool = False) -> None:
+        """Move the logged calls to their packed table and checkpoint, once the log is long.
+
+        Raises:
+            duckdb.Error, OSError: the connection may be unusable; everything committed is safe.
+        """
+        if not force and (not self._wal.exists() or self._wal.stat().st_size < _MAX_WAL_BYTES):
+            return
+        self.con.execute("BEGIN")
+        self.con.execute(_MOVE_CALLS)
+        self.con.execute("DELETE FROM call_log")
+        self.con.execute("COMMIT")
+        self.con.execute("CHECKPOINT store")
+
+    def usable(self) -> bool:
+        """Whether the connection survived the last failure."""
+        try:
+            self.con.execute("SELECT 1 FROM call_log LIMIT 1").fetchall()
+        except duckdb.Error:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close without a word; what was committed stays."""
+        with suppress(duckdb.Error):
+            self.con.close()
+
+    def _put(self, source: str, sql: str, values: list[rows.Row]) -> None:
+        if values:
+            self._sources[source].fill(values)
+            self.con.execute(sql)
