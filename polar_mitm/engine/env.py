@@ -12,6 +12,7 @@ from polar_mitm.engine.build import (
     OnStep,
     build_once,
     check_platform,
+    is_built,
     make_environment,
     pip_install,
     run,
@@ -25,6 +26,7 @@ Device = Literal["cpu", "cuda"]
 # PyTorch's CPU builds (`torch==...+cpu`) are not on PyPI: pytorch.org/get-started/locally.
 _TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _SIZE_GB: dict[Device, float] = {"cpu": 4, "cuda": 20}
+_PYTHON = "bin/python"
 _CHECK = "from vllm.platforms import current_platform as p; assert p.device_type == {device!r}, p.device_type"
 
 
@@ -48,10 +50,8 @@ def ensure_env(cache: Path, on_step: OnStep) -> Path:
     """
     check_platform("the managed engine")
     kind = device()
-    requirements = Path(__file__).with_name(f"requirements-{kind}.txt")
-    fingerprint = hashlib.sha256(requirements.read_bytes()).hexdigest()
-    folder = cache.absolute() / "engine" / f"vllm-{VLLM_VERSION}-{kind}"
-    python = folder / "bin" / "python"
+    requirements, fingerprint, folder = _plan(cache, kind)
+    python = folder / _PYTHON
 
     def build(folder: Path) -> None:
         size, minutes = ("2.5", "1 to 3") if kind == "cpu" else ("12", "5 to 10")
@@ -66,8 +66,21 @@ def ensure_env(cache: Path, on_step: OnStep) -> Path:
         run([python, "-c", _CHECK.format(device=kind)], f"importing vLLM {VLLM_VERSION}", log)
         on_step(f"vLLM {VLLM_VERSION} is installed")
 
-    build_once(folder, fingerprint, "bin/python", build, on_step, _SIZE_GB[kind])
+    build_once(folder, fingerprint, _PYTHON, build, on_step, _SIZE_GB[kind])
     return python
+
+
+def is_installed(cache: Path) -> bool:
+    """Whether `ensure_env` would find all that it needs."""
+    _, fingerprint, folder = _plan(cache, device())
+    return is_built(folder, fingerprint, _PYTHON)
+
+
+def _plan(cache: Path, kind: Device) -> tuple[Path, str, Path]:
+    """The locked list, what it stands for, and where it is installed."""
+    requirements = Path(__file__).with_name(f"requirements-{kind}.txt")
+    fingerprint = hashlib.sha256(requirements.read_bytes()).hexdigest()
+    return requirements, fingerprint, cache.absolute() / "engine" / f"vllm-{VLLM_VERSION}-{kind}"
 
 
 def _install_torch_cpu(python: Path, requirements: Path, log: Path) -> None:

@@ -64,12 +64,14 @@ def _quiet(step: str) -> None:
 
 def test_installs_torch_then_the_list_once(pip: Pip, tmp_path: Path) -> None:
     steps: list[str] = []
+    assert not env.is_installed(tmp_path)
     python = env.ensure_env(tmp_path, steps.append)
     assert python == tmp_path / "engine" / "vllm-0.32.0-cpu" / "bin" / "python"
     assert pip.installs() == ["torch==2.13.0+cpu", f"-r {_REQUIREMENTS['cpu']}"]
     assert all("--no-deps" in c for c in pip.commands if "pip" in c)
     assert any("Installing vLLM 0.32.0 for CPU" in step for step in steps)
 
+    assert env.is_installed(tmp_path)
     before = len(pip.commands)
     assert env.ensure_env(tmp_path, _quiet) == python
     assert len(pip.commands) == before
@@ -93,6 +95,7 @@ def test_an_installation_broken_off_is_done_again(pip: Pip, tmp_path: Path) -> N
     pip.broken = "-r "
     with pytest.raises(SetupError):
         env.ensure_env(tmp_path, _quiet)
+    assert not env.is_installed(tmp_path)
     pip.broken = ""
     pip.commands.clear()
     env.ensure_env(tmp_path, _quiet)
