@@ -50,6 +50,11 @@ class Identify:
             self._capture.egress(session, "refused", "tcp", _destination(client), "neither TLS nor HTTP")
 
 
+def wants_websocket(request: http.Request) -> bool:
+    """Other upgrades (`h2c`) may be ignored (RFC 9110, section 7.8)."""
+    return request.headers.get("upgrade", "").lower() == "websocket"
+
+
 def _destination(client: connection.Client) -> str:
     host, port = client.sockname[:2]
     return f"{host}:{port}"

@@ -21,7 +21,7 @@ from polar_mitm.errors import PolarError
 from polar_mitm.exchange import Exchange, UpstreamRequest
 from polar_mitm.types import Wire
 from polar_mitm_addons.capture import Capture, Session
-from polar_mitm_addons.identify import PROVIDER
+from polar_mitm_addons.identify import PROVIDER, wants_websocket
 from polar_mitm_addons.replies import stream_head, to_response
 from polar_mitm_addons.streaming import ANSWER, TOO_LARGE, send
 
@@ -44,8 +44,7 @@ class Intercept:
         session = self._capture.session(flow.client_conn.id)
         if flow.response is not None or provider is None or session is None:
             return
-        upgrade = "upgrade" in flow.request.headers
-        found = route(provider, flow.request.method, flow.request.path, upgrade=upgrade)
+        found = route(provider, flow.request.method, flow.request.path, upgrade=wants_websocket(flow.request))
         if found.kind != "model":
             return
         exchange = Exchange(

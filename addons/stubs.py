@@ -9,7 +9,7 @@ from polar_mitm.dialects.registry import DIALECTS
 from polar_mitm.dialects.routes import ERROR_DIALECT, route
 from polar_mitm.errors import PolarError
 from polar_mitm_addons.capture import Capture
-from polar_mitm_addons.identify import PROVIDER
+from polar_mitm_addons.identify import PROVIDER, wants_websocket
 from polar_mitm_addons.replies import to_response
 
 
@@ -25,8 +25,7 @@ class Stubs:
         if flow.response is not None or provider is None or session is None:
             return
         request = flow.request
-        upgrade = request.headers.get("upgrade", "").lower() == "websocket"
-        found = route(provider, request.method, request.path, upgrade=upgrade)
+        found = route(provider, request.method, request.path, upgrade=wants_websocket(request))
         path = request.path.partition("?")[0]
         name = f"{request.method} {request.pretty_host}{path}"
         if found.kind == "websocket":

@@ -14,9 +14,11 @@ import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, cast
+from unittest import mock
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
+from mitmproxy.proxy import server
 
 from polar_mitm.config import Settings
 from polar_mitm.store import Recorder
@@ -115,14 +117,34 @@ class Rig:
         return Box(self.interceptor, session, rollout, port)
 
 
+class _Asyncio:
+    """`asyncio` as mitmproxy sees it: whatever it dials is noted, and refused."""
+
+    def __init__(self) -> None:
+        self.dialled: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def open_connection(self, *address: Any, **options: Any) -> None:
+        self.dialled.append(address)
+        raise OSError("a test's interceptor dials nobody")
+
+
 @asynccontextmanager
 async def rig(engine_url: str, **settings: Any) -> AsyncIterator[Rig]:
-    """An interceptor in front of the engine at `engine_url`, which is not probed."""
+    """An interceptor in front of the engine at `engine_url`, which is not probed.
+
+    Whatever a test does, mitmproxy itself must never open a connection: the end of the block checks it.
+    """
     recorder = MemoryRecorder()
     info = EngineInfo(engine_url, "scripted", max_model_len=1 << 20, policy_version="scripted@1")
     config = Settings(**({"head_grace_s": 0.02} | settings))
-    async with Interceptor(config, info, cast(Recorder, recorder)) as interceptor:
-        yield Rig(interceptor, recorder)
+    watched = _Asyncio()
+    with mock.patch.object(server, "asyncio", watched):
+        async with Interceptor(config, info, cast(Recorder, recorder)) as interceptor:
+            yield Rig(interceptor, recorder)
+    assert watched.dialled == []
 
 
 # --- waiting --------------------------------------------------------------------------------------------
