@@ -11,6 +11,7 @@ P prompt tokens, C sampled tokens of one call, T tokens of one trajectory. Logpr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from msgspec import Struct, field
@@ -161,7 +162,7 @@ class Delta(Struct):
     tool_calls: list[ToolCallDelta] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    prompt_token_ids: list[int] | None = None
+    prompt_token_ids: Sequence[int] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     usage: Usage | None = None
@@ -176,7 +177,7 @@ class Completion(Struct):
     """
 
     message: Message
-    prompt_token_ids: list[int] = field(default_factory=list)
+    prompt_token_ids: Sequence[int] = field(default_factory=list)
     completion_token_ids: list[int] = field(default_factory=list)
     behaviour_logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -236,7 +237,7 @@ class ModelCall(Struct):
     sampling_requested: Sampling = field(default_factory=Sampling)
     sampling: Sampling = field(default_factory=Sampling)
     notes: list[str] = field(default_factory=list)
-    prompt_token_ids: list[int] = field(default_factory=list)
+    prompt_token_ids: Sequence[int] = field(default_factory=list)
     completion_token_ids: list[int] = field(default_factory=list)
     behaviour_logprobs: list[float] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)

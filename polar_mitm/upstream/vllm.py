@@ -15,6 +15,7 @@ from msgspec import Struct, field
 
 from polar_mitm.errors import PolarError
 from polar_mitm.sse import SSEDecoder
+from polar_mitm.token_ids import TokenIds
 from polar_mitm.types import (
     ChatRequest,
     Delta,
@@ -175,7 +176,7 @@ class _Usage(Struct):
 
 class _Chunk(Struct):
     choices: list[_Choice] = field(default_factory=list)
-    prompt_token_ids: list[int] | None = None
+    prompt_token_ids: msgspec.Raw = msgspec.Raw(b"null")
     usage: _Usage | None = None
     error: Any = None
     system_fingerprint: str | None = None
@@ -220,12 +221,21 @@ class ChatStream:
             if chunk.error is not None:
                 raise PolarError("upstream", f"engine error: {error_text(chunk.error)}")
             self.fingerprint = chunk.system_fingerprint or self.fingerprint
-            if chunk.choices or chunk.prompt_token_ids or chunk.usage:
-                yield _delta(chunk)
+            try:
+                ids = _prompt_ids(chunk.prompt_token_ids)
+            except ValueError as error:
+                raise PolarError("upstream", f"engine stream: {error}") from error
+            if chunk.choices or ids is not None or chunk.usage:
+                yield _delta(chunk, ids)
 
 
-def _delta(chunk: _Chunk) -> Delta:
-    out = Delta(prompt_token_ids=chunk.prompt_token_ids, usage=_usage(chunk.usage) if chunk.usage else None)
+def _prompt_ids(raw: msgspec.Raw) -> TokenIds | None:
+    text = bytes(raw)
+    return None if text == b"null" else TokenIds.from_json(text)
+
+
+def _delta(chunk: _Chunk, prompt_ids: TokenIds | None) -> Delta:
+    out = Delta(prompt_token_ids=prompt_ids, usage=_usage(chunk.usage) if chunk.usage else None)
     if not chunk.choices:
         return out
     choice = chunk.choices[0]
