@@ -18,7 +18,7 @@ FINGERPRINT = "vllm-0.32.0-scripted"
 
 @dataclass
 class EngineCall:
-    """What the engine did for one request; `sent_token_ids` are those it has written so far."""
+    """What the engine did for one request; `sent_token_ids` and `wire` are what it has written so far."""
 
     number: int
     model: str
@@ -26,6 +26,7 @@ class EngineCall:
     prompt_token_ids: list[int]
     completion_token_ids: list[int] = field(default_factory=list)
     sent_token_ids: list[int] = field(default_factory=list)
+    wire: bytearray = field(default_factory=bytearray)
     outcome: str = "running"  # then: finished, cancelled, broken, refused
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 

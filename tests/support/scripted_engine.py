@@ -73,6 +73,10 @@ class ScriptedEngine:
     async def __aexit__(self, *exc: object) -> None:
         await self._runner.cleanup()
 
+    def prompt_ids(self, body: dict[str, Any]) -> list[int]:
+        """The rendered prompt."""
+        return byte_tokens.encode(byte_tokens.render(body["messages"], body.get("tools")))
+
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response()
 
@@ -121,9 +125,8 @@ class ScriptedEngine:
             for part in message["content"]
         ):
             return _error(400, "BadRequestError", f"{self.model} is not a multimodal model")
-        prompt_ids = (body.get("kv_transfer_params") or {}).get("prompt_token_ids") or byte_tokens.encode(
-            byte_tokens.render(body["messages"], body.get("tools"))
-        )
+        given = (body.get("kv_transfer_params") or {}).get("prompt_token_ids")
+        prompt_ids = given or self.prompt_ids(body)
         answer = self.script(body, len(self.calls))
         call = EngineCall(len(self.calls), self.model, body, prompt_ids)
         self.calls.append(call)
@@ -172,6 +175,7 @@ class ScriptedEngine:
             if num_tokens and sent:
                 await asyncio.sleep(answer.chunk_delay_s)
             await response.write(chunk)
+            call.wire += chunk
             sent += num_tokens
             call.sent_token_ids = call.completion_token_ids[:sent]
             if answer.garbage_after_tokens is not None and sent >= answer.garbage_after_tokens and garbage:
@@ -185,7 +189,8 @@ class ScriptedEngine:
             if answer.error_after_tokens is not None and sent >= answer.error_after_tokens:
                 call.end("broken")
                 body = _error_json(500, "InternalServerError", "scripted error in the stream")
-                await response.write(f"data: {json.dumps(body)}\n\ndata: [DONE]\n\n".encode())
+                call.wire += (last := f"data: {json.dumps(body)}\n\ndata: [DONE]\n\n".encode())
+                await response.write(last)
                 return response
         call.end("finished")
         return response

@@ -1,0 +1,208 @@
+"""Real harnesses' own traffic, decoded, translated, answered again byte for byte, and read by official SDKs.
+
+The fixtures and their golden files: `fixtures/recorded/README.md`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import anthropic
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polar_mitm.dialects.custom_tool import unwrap
+from polar_mitm.dialects.ids import call_id_of
+from polar_mitm.types import Message, TextPart, ToolCall
+from tests.dialects import responses_sdk
+from tests.dialects.test_anthropic_answer import client as anthropic_client
+from tests.support import recorded
+from tests.support.engine_bytes import split
+from tests.support.record_fixtures import HARNESSES, SCENARIOS
+from tests.support.recorded import Call, Run
+from tests.support.scrub import BILLING, FILLER, GRAMMAR
+
+RUNS = recorded.runs()
+CALLS = [(run, call) for run in RUNS for call in run.calls]
+BROKEN = [(run, call) for run, call in CALLS if b"scripted error" in call.engine]
+
+
+def _each(calls: list[tuple[Run, Call]]) -> pytest.MarkDecorator:
+    names = [f"{run.folder.name}-{call.number}" for run, call in calls]
+    return pytest.mark.parametrize(("run", "call"), calls, ids=names)
+
+
+each_run = pytest.mark.parametrize("run", RUNS, ids=lambda run: run.folder.name)
+each_call = _each(CALLS)
+each_broken = _each(BROKEN)
+each_answered = _each([pair for pair in CALLS if pair not in BROKEN])
+
+
+def test_every_harness_is_recorded_in_every_scenario() -> None:
+    assert {(run.harness, run.scenario) for run in RUNS} == {(h, s) for h in HARNESSES for s in SCENARIOS}
+    size = sum(path.stat().st_size for path in recorded.FOLDER.rglob("*"))
+    assert size < 1_500_000
+    assert len(BROKEN) == len(HARNESSES)  # each harness asked again after its broken answer
+    assert [call.body["stream"] for run, call in CALLS if run.folder.name == "claude-code-engine-error"] == [
+        True, False, True
+    ]  # fmt: skip
+
+
+@each_call
+def test_derived_files_are_what_the_code_derives(run: Run, call: Call) -> None:
+    """After an intended change: `python -m tests.support.record_fixtures --regenerate`."""
+    for name, content in recorded.derive(call):
+        assert (run.folder / name).read_bytes() == content, name
+
+
+@each_call
+def test_decodes_to_what_a_person_expects(run: Run, call: Call) -> None:
+    request = call.decode()
+    assert request.stream == bool(call.body.get("stream"))
+    assert request.model == call.body["model"]
+    assert [m.role for m in request.messages if TextPart(run.said[0]) in m.content] == ["user"]
+    roles = [m.role for m in request.messages]
+    assert roles[0] == "system" and "system" not in roles[1:]  # chat templates take no other
+    assert call.replay().exchange.call.role == "main"
+    names = [tool.engine_name for tool in request.tools]
+    assert len(names) == len(set(names))
+    shell = {"claude-code": "Bash", "codex": "exec_command", "codex-lite": "exec"}[run.harness]
+    assert request.find_tool(shell) is not None
+    if run.harness == "claude-code":
+        assert {"dropped:billing_header", "moved:system_message"} <= set(request.notes)
+        assert not any(BILLING in message.text for message in request.messages)
+    else:
+        assert any(tool.namespace for tool in request.tools)
+        assert request.show_reasoning == bool(call.body["reasoning"].get("summary"))
+
+
+@each_call
+def test_any_split_of_the_engine_gives_the_same_bytes(run: Run, call: Call) -> None:
+    whole = run.read(call, "response")
+
+    @settings(max_examples=15)
+    @given(st.lists(st.integers(0, 1 << 20), max_size=200))
+    def check(cuts: list[int]) -> None:
+        assert call.replay(split(call.engine, cuts)).response == whole
+
+    check()
+    assert call.replay(bytes([b]) for b in call.engine).response == whole
+
+
+@each_run
+def test_history_comes_back_as_it_was_answered(run: Run) -> None:
+    """What a harness returns of earlier answers decodes to what was sampled, and carries our ids."""
+    answered: list[tuple[str, Message]] = []
+    for call in run.calls:
+        history = [m for m in call.decode().messages if m.role == "assistant"]
+        assert len(history) == len(answered)
+        for returned, (call_id, sampled) in zip(history, answered, strict=True):
+            assert returned.text == sampled.text
+            assert returned.reasoning == sampled.reasoning
+            assert returned.tool_calls == [_unwrapped(c) for c in sampled.tool_calls]
+            assert {call_id_of(i) for i in returned.minted_ids} == {call_id}
+            assert {c.id for c in sampled.tool_calls} <= set(returned.minted_ids)
+        replay = call.replay()
+        if replay.exchange.call.status == "ok":  # harnesses ask again where it failed
+            answered.append((call.call_id, replay.exchange.completion.message))
+    assert len(answered) == 2
+
+
+@each_run
+def test_tool_results_name_our_calls(run: Run) -> None:
+    last = run.calls[-1].decode().messages
+    results = [m.tool_call_id for m in last if m.role == "tool"]
+    assert results == [c.id for m in last for c in m.tool_calls]
+    assert len(results) == (2 if run.scenario == "parallel" else 1)
+
+
+@each_answered
+def test_official_sdk_rebuilds_the_answer(run: Run, call: Call) -> None:
+    replay = call.replay()
+    sampled = replay.exchange.completion.message
+    text, calls, num_tokens = (_anthropic if call.dialect == "anthropic" else _openai)(call, replay)
+    assert text == sampled.text
+    assert num_tokens == len(replay.exchange.completion.completion_token_ids)
+    own = [_unwrapped(c) for c in sampled.tool_calls]
+    assert calls == [
+        (c.id, c.name, c.arguments if c.kind == "custom" else json.loads(c.arguments)) for c in own
+    ]
+
+
+@each_broken
+def test_official_sdk_reports_a_broken_engine(run: Run, call: Call) -> None:
+    replay = call.replay()
+    if call.dialect == "anthropic":
+        with pytest.raises(anthropic.APIStatusError, match="scripted error"):
+            _anthropic(call, replay)
+        return
+    with responses_sdk.streaming(replay.response).responses.stream(model="m", input="hi") as stream:
+        *_, last = stream
+    assert last.type == "response.failed"
+    assert last.response.error is not None and "scripted error" in last.response.error.message
+
+
+def _unwrapped(call: ToolCall) -> ToolCall:
+    """A call as its harness sees it: a custom tool's arguments are sampled as JSON around its input."""
+    text = unwrap(call.arguments) if call.kind == "custom" else call.arguments
+    return msgspec.structs.replace(call, arguments=text)
+
+
+Rebuilt = tuple[str, list[tuple[str, str, Any]], int]
+
+
+def _anthropic(call: Call, replay: recorded.Replay) -> Rebuilt:
+    sdk = anthropic_client(lambda _: (replay.status, replay.headers, replay.response))
+    ask: dict[str, Any] = {
+        "model": call.body["model"], "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]
+    }  # fmt: skip
+    if call.body.get("stream"):
+        with sdk.messages.stream(**ask) as stream:
+            message = stream.get_final_message()
+    else:
+        message = sdk.messages.create(**ask)
+    text = "".join(block.text for block in message.content if block.type == "text")
+    calls = [(b.id, b.name, b.input) for b in message.content if b.type == "tool_use"]
+    return text, calls, message.usage.output_tokens
+
+
+def _openai(call: Call, replay: recorded.Replay) -> Rebuilt:
+    _, response = responses_sdk.rebuilt(replay.response)
+    calls: list[tuple[str, str, Any]] = []
+    for item in response.output:
+        if item.type == "function_call":
+            calls.append((item.call_id, item.name, json.loads(item.arguments)))
+        elif item.type == "custom_tool_call":
+            calls.append((item.call_id, item.name, item.input))
+    assert response.usage is not None
+    return response.output_text, calls, response.usage.output_tokens
+
+
+@each_call
+def test_holds_no_text_of_others_and_no_secret(run: Run, call: Call) -> None:
+    """Every string with a space in it is our own, or a stand-in."""
+    for where, text in _strings(call.body):
+        if text in run.said or where == "enum":
+            continue
+        spaced = any(c.isspace() for c in text)
+        if spaced and text != GRAMMAR and not text.startswith((BILLING, "{")):
+            assert FILLER.fullmatch(text), (where, text)
+        assert len(text) <= 64 or spaced or text.startswith(("cG9sYXI", "{")), (where, text)
+    headers = {name.lower(): value for name, value in call.headers}
+    secrets = {headers.get("x-api-key"), headers.get("authorization")} - {None}
+    assert secrets == {"<redacted>"}
+
+
+def _strings(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _strings(inner, key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner, where)
