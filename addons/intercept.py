@@ -23,11 +23,10 @@ from polar_mitm.types import Wire
 from polar_mitm_addons.capture import Capture, Session
 from polar_mitm_addons.identify import PROVIDER, wants_websocket
 from polar_mitm_addons.replies import stream_head, to_response
-from polar_mitm_addons.streaming import ANSWER, TOO_LARGE, send
+from polar_mitm_addons.streaming import ANSWER, GONE, TOO_LARGE, send
 
 logger = logging.getLogger(__name__)
 
-CALL = "polar_call"
 RECORD_TIMEOUT_S = 10.0
 LINGER_S = 1.0
 
@@ -57,18 +56,13 @@ class Intercept:
         call = _Call(self._capture, session, flow, exchange)
         self._live.add(call)
         call.task.add_done_callback(lambda _: self._live.discard(call))
-        flow.metadata[CALL] = call
+        flow.metadata[GONE] = call.cancel
         try:
             flow.response = await call.head()
         except Exception:  # hooks fail open: whatever happened, the harness gets an answer
             logger.exception("intercept failed")
             error = PolarError("internal", "the interceptor failed; see its log")
             flow.response = to_response(DIALECTS[found.dialect].encode_error(error, exchange.call.call_id))
-
-    def error(self, flow: http.HTTPFlow) -> None:
-        call: _Call | None = flow.metadata.get(CALL)
-        if call is not None:
-            call.cancel()
 
     def client_disconnected(self, client: connection.Client) -> None:
         for call in self._live:

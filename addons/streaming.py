@@ -37,6 +37,9 @@ from mitmproxy.proxy.layers.http import (
 ANSWER = "polar_answer"
 """`flow.metadata` key: `Callable[[], None]`, called once the head of `flow.response` is out."""
 
+GONE = "polar_gone"
+"""`flow.metadata` key: `Callable[[], None]`, called when the client leaves, also while a hook is awaited."""
+
 TOO_LARGE = "polar_too_large"
 """`flow.metadata` key: set when the request body went over the limit; `request` then sees no body."""
 
@@ -74,6 +77,12 @@ class AnswerStream(HttpStream):
     """One request and its answer, which an addon may stream."""
 
     body_limit = 0
+
+    def handle_event(self, event: events.Event) -> CommandGenerator[None]:
+        # While a hook is awaited, mitmproxy keeps all events for later; this one cannot wait.
+        if isinstance(event, RequestProtocolError) and (gone := self.flow.metadata.get(GONE)):
+            gone()
+        return super().handle_event(event)
 
     def _handle_event(self, event: events.Event) -> CommandGenerator[None]:
         if isinstance(event, AnswerData):

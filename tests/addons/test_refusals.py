@@ -277,7 +277,6 @@ HOOKS: list[tuple[type, str]] = [
     (Identify, "requestheaders"),
     (Identify, "client_disconnected"),
     (Intercept, "request"),
-    (Intercept, "error"),
     (Intercept, "client_disconnected"),
     (Stubs, "request"),
     (Streaming, "next_layer"),
