@@ -2,37 +2,60 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from polar_mitm import __version__
-from polar_mitm.cli import demo, doctor, engine, inspect, run, up
+from polar_mitm.cli import calls, demo, doctor, engine, exits, run, trajectories, up
+from polar_mitm.cli.output import JsonFlag, print_json
+
+_SETUP, _CAPTURE, _READ = "Set up", "Capture", "Read (also while a capture runs)"
 
 app = typer.Typer(
     name="polar-mitm",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Run unmodified agent harnesses in a sandbox, answer them from vLLM, record every sampled token.",
-    epilog="Start with `polar-mitm demo`; `polar-mitm doctor` says what is missing on this machine.",
+    epilog=f"Start with `polar-mitm demo`; `polar-mitm doctor` says what is missing here.\n\n{exits.TEXT}",
 )
-app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
-app.command("up")(up.up)
-app.add_typer(engine.app, name="engine")
-app.command("calls")(inspect.calls)
-app.command("show")(inspect.show)
-app.command("reconstruct")(inspect.reconstruct)
-app.command("export")(inspect.export)
-app.command("doctor")(doctor.doctor)
-app.command("demo")(demo.demo)
+app.command("demo", rich_help_panel=_SETUP, epilog=demo.EXAMPLES)(demo.demo)
+app.command("doctor", rich_help_panel=_SETUP)(doctor.doctor)
+app.add_typer(engine.app, name="engine", rich_help_panel=_SETUP)
+app.command(
+    "run",
+    rich_help_panel=_CAPTURE,
+    epilog=run.EXAMPLES,
+    context_settings={"allow_interspersed_args": False},
+)(run.run)
+app.command("up", rich_help_panel=_CAPTURE, epilog=up.EXAMPLES)(up.up)
 
 
-@app.command("addon-path")
-def addon_path() -> None:
-    """Print where the addon for stock mitmproxy lies: mitmdump -s "$(polar-mitm addon-path)" --set ..."""
+@app.command(
+    "addon-path", rich_help_panel=_CAPTURE, epilog='$ mitmdump -s "$(polar-mitm addon-path)" --set ...'
+)
+def addon_path(json: JsonFlag = False) -> None:
+    """Print where the addon for stock mitmproxy lies."""
     spec = find_spec("polar_mitm_addons.polar")
-    print(spec.origin if spec else "")
+    if spec is None or spec.origin is None:
+        exits.fail("the addons are not installed: install polar-mitm again", exits.SETUP)
+    if json:
+        print_json({"path": spec.origin})
+    else:
+        print(spec.origin)
+
+
+app.command("calls", rich_help_panel=_READ, epilog=calls.CALLS_EXAMPLES)(calls.calls)
+app.command("show", rich_help_panel=_READ, epilog=calls.SHOW_EXAMPLES)(calls.show)
+app.command("reconstruct", rich_help_panel=_READ, epilog=trajectories.RECONSTRUCT_EXAMPLES)(
+    trajectories.reconstruct
+)
+app.command("export", rich_help_panel=_READ, epilog=trajectories.EXPORT_EXAMPLES)(trajectories.export)
 
 
 def _version(wanted: bool) -> None:
@@ -50,6 +73,13 @@ def _root(
     pass
 
 
-def main() -> None:
-    """Entry point of the console script."""
-    app()
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of the console script: runs a command, and ends the process with its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    own = given[: given.index("--")] if "--" in given else given
+    signal.signal(signal.SIGTERM, exits.terminated)
+    try:
+        code = app(given, prog_name="polar-mitm", standalone_mode=False)
+    except BaseException as error:
+        code = exits.report(error, command=next(iter(given), ""), machine="--json" in own)
+    raise SystemExit(code if isinstance(code, int) else 0)

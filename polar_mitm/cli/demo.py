@@ -2,163 +2,173 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from polar_mitm.cli import loop
+from polar_mitm.cli.demo_report import Demo, Ran, tell_demo
 from polar_mitm.cli.doctor import install_bubblewrap
 from polar_mitm.cli.engine import EngineOption, ModelOption, probed
-from polar_mitm.cli.inspect import calls as list_calls
-from polar_mitm.cli.inspect import reading
-from polar_mitm.cli.output import JsonFlag, fail, print_json, print_table, say
-from polar_mitm.cli.rollout import Job, Outcome, run_rollout
+from polar_mitm.cli.exits import NO, SETUP, fail
+from polar_mitm.cli.output import JsonFlag, progress, say
+from polar_mitm.cli.rollout import Job, run_rollout
 from polar_mitm.cli.run import prepare
 from polar_mitm.cli.settings import settings_from
-from polar_mitm.errors import EngineUnfit, SetupError
-from polar_mitm.types import ModelCall
+from polar_mitm.errors import SetupError
 from polar_mitm.upstream.engine import EngineInfo
+
+if TYPE_CHECKING:
+    from polar_mitm.cli.hosting import EmbeddedHost
 
 PROMPT = (
     'Create a file hello.txt that contains "hi" in the current directory with the shell tool, then say done.'
 )
 HARNESSES = ("claude-code", "codex")
+OWN_AGENT = "sdk-agent"
+EXAMPLES = "$ polar-mitm demo\n\n$ polar-mitm demo --engine http://gpu-box:8000 --max-tokens 1024"
 
 
 def demo(
-    store: Annotated[Path | None, typer.Option("--store", "-s", help="The DuckDB file to write.")] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option("--store", "-s", metavar="FILE", help="DuckDB file to write; else a new one."),
+    ] = None,
     engine: EngineOption = None,
     model: ModelOption = "",
-    max_tokens: Annotated[int, typer.Option(help="Cap on sampled tokens per call.")] = 96,
-    timeout: Annotated[float, typer.Option(help="Seconds per harness.")] = 600,
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Cap on sampled tokens per call.")] = 96,
+    timeout: Annotated[float, typer.Option(min=1, metavar="S", help="Seconds per harness.")] = 600,
     keep_engine: Annotated[bool, typer.Option("--keep-engine", help="Leave the engine running.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Set up what can be set up, run Claude Code and Codex on a small task, and show what was recorded.
+    """From nothing: two harnesses, an engine, a database.
 
-    The default model is tiny: it does not solve the task. What the demo shows is that two programs that know
-    nothing of us are answered by a local engine, and that every token sampled for them is accounted for.
+    Sets up what can be set up, runs Claude Code and Codex on a small task, and
+    shows what was recorded. The default model is tiny, and does not solve the
+    task. What the demo shows is that two programs that know nothing of us are
+    answered by a local engine, and that every token sampled for them is
+    accounted for.
+
+    Where neither can be installed, a small agent of ours takes their place.
     """
+    if store is not None and store.is_dir():
+        fail(f"--store takes a file, and {store} is a directory")
+    folder = Path(tempfile.mkdtemp(prefix="polar-mitm-demo-"))
+    say("1. the sandbox: a network namespace with nothing but our listeners in it", style="bold")
+    _check_sandbox()
+    say("2. the harnesses, unmodified, at pinned versions", style="bold")
+    jobs, unavailable = _jobs(folder, timeout)
+    say("3. the engine", style="bold")
+    with _engine(engine, model, keep_engine) as (url, name):
+        info = probed(url, name)
+        say(f"{info.model} on vLLM {info.version} at {info.url} returns token ids and logprobs")
+        say("4. the task, in each of them", style="bold")
+        path = (store or folder / "demo.duckdb").absolute()
+        ran, recorded = loop.run(_run(jobs, info, path, max_tokens))
+    tell_demo(Demo(info, recorded, ran, unavailable), json)
+    if not all(each.outcome.calls for each in ran):
+        say("a harness made no model call; `polar-mitm doctor` may say why", style="red")
+        raise typer.Exit(NO)
+
+
+def _check_sandbox() -> None:
+    """Get bubblewrap where that is possible; the end of the command where no sandbox can be made.
+
+    Without sandbox there is no demo: a harness that could reach its real provider would prove nothing.
+    """
+    from polar_mitm.cache import default_cache
+    from polar_mitm_sandbox.doctor import doctor
+
     if problem := install_bubblewrap():
-        fail(problem)
-    path = store or Path(tempfile.mkdtemp(prefix="polar-mitm-demo-")) / "demo.duckdb"
-    started = engine is None and _start_engine(model)
-    try:
-        info = probed(engine, "" if started else model)
-        jobs = _jobs(timeout, json)
-        for job in jobs:
-            job.never_visible = [path.absolute()]
-        say(f"running {', '.join(f'{j.name} {j.version}' for j in jobs)} in sandboxes without network")
-        outcomes = loop.run(_run(jobs, info, path, max_tokens))
-    except SetupError as error:
-        fail(str(error))
-    finally:
-        if started and not keep_engine:
-            _stop_engine()
-    _report(path, info, outcomes, json)
-    if not all(o.calls for o in outcomes):
-        fail("a harness made no model call; `polar-mitm doctor` may say why", code=1)
+        fail(problem, SETUP)
+    for check in doctor(default_cache()):
+        if check.required and not check.ok:
+            fail(f"no sandbox can be made here: {check.name}: {check.detail}: {check.fix}", SETUP)
 
 
-def _start_engine(model: str) -> bool:
-    """Start the managed engine where none runs; whether it was us who did."""
-    from polar_mitm import engine
-
-    if engine.status() is not None:
-        return False
-    try:
-        engine.up(model=model or None, on_step=say)
-    except (SetupError, EngineUnfit) as error:
-        fail(str(error))
-    return True
-
-
-def _stop_engine() -> None:
-    from polar_mitm import engine
-
-    say("stopping the engine (--keep-engine leaves it running)")
-    engine.down()
-
-
-def _jobs(timeout: float, json: bool) -> list[Job]:
-    jobs = []
-    for name in HARNESSES:
+def _jobs(folder: Path, timeout: float) -> tuple[list[Job], dict[str, str]]:
+    """What can be run here, and why the rest cannot."""
+    jobs: list[Job] = []
+    unavailable: dict[str, str] = {}
+    for name in (*HARNESSES, OWN_AGENT):
+        if name == OWN_AGENT:
+            if jobs:
+                break
+            say("our own small agent on Anthropic's SDK takes their place: it is intercepted in the same way")
         try:
-            jobs.append(_job(name))
+            job = prepare(name, [], PROMPT)
         except SetupError as error:
-            say(f"[yellow]{name} cannot be installed here:[/yellow] {error}")
+            unavailable[name] = str(error)
+            say(f"{name} cannot be installed here: {error}", style="yellow")
+            continue
+        job.workdir, job.timeout_s = folder / name, timeout
+        job.workdir.mkdir()
+        say(f"{job.name} {job.version}")
+        jobs.append(job)
     if not jobs:
-        say("no harness can be installed: running our own small agent on the official Anthropic SDK instead")
-        jobs.append(_job("sdk-agent"))
-    for job in jobs:
-        job.timeout_s, job.quiet = timeout, json
-    return jobs
+        fail(
+            "nothing to run: neither the harnesses nor our own agent can be installed (is there a network?)",
+            SETUP,
+        )
+    return jobs, unavailable
 
 
-def _job(name: str) -> Job:
-    return prepare(name, [], PROMPT, Path(tempfile.mkdtemp(prefix=f"polar-mitm-{name}-")))
+@contextmanager
+def _engine(url: str | None, model: str, keep: bool) -> Iterator[tuple[str | None, str]]:
+    """Which engine and model to ask for: the one that is named, or runs already, or a new one."""
+    from polar_mitm import engine
+
+    if url is not None or engine.status() is not None:
+        yield url, model
+        return
+    with progress("starting the engine") as step:
+        engine.up(model=model or None, on_step=step)
+    try:
+        yield None, ""
+    finally:
+        if keep:
+            say("the engine stays: polar-mitm engine down stops it")
+        else:
+            say("stopping the engine (--keep-engine leaves it running)")
+            engine.down()
 
 
-async def _run(jobs: list[Job], info: EngineInfo, store: Path, max_tokens: int) -> list[Outcome]:
+async def _run(jobs: list[Job], info: EngineInfo, store: Path, max_tokens: int) -> tuple[list[Ran], Path]:
     from polar_mitm.cli.hosting import embedded
 
-    outcomes = []
+    ran = []
     async with embedded(settings_from(None, max_tokens=max_tokens), info, store) as host:
         for job in jobs:
-            say(f"--- {job.name} {job.version}")
-            outcomes.append(await run_rollout(job, host))
-    return outcomes
+            job.never_visible = [store]
+            log = job.workdir.with_suffix(".log")
+            with log.open("wb") as output:
+                job.stdout = job.stderr = output.fileno()
+                async with _counting(job, host):
+                    outcome = await run_rollout(job, host)
+            seen = f"{outcome.calls} calls, {outcome.sampled_tokens} sampled tokens"
+            say(f"{job.name}: {seen}, exit {outcome.exit_code}, {outcome.seconds:.0f} s")
+            ran.append(Ran(outcome, log, (job.workdir / "hello.txt").is_file()))
+        return ran, host.store
 
 
-def _report(store: Path, info: EngineInfo, outcomes: list[Outcome], json: bool) -> None:
-    from polar_mitm.reconstruct import build
+@asynccontextmanager
+async def _counting(job: Job, host: EmbeddedHost) -> AsyncIterator[None]:
+    """A spinner with what the interceptor has seen so far, while a harness runs."""
+    with progress(f"{job.name} {job.version} is at work") as step:
 
-    with reading(store) as reader:
-        found: list[ModelCall] = reader.calls()
-        built = [build(reader.calls(r.rollout_id), rollout=r) for r in reader.rollouts()]
-    reports = [report for _, report in built]
-    accounting = {
-        "sampled": sum(r.sampled for r in reports),
-        "trained": sum(r.trained for r in reports),
-        "masked": sum(r.num_masked for r in reports),
-        "quarantined": sum(r.num_quarantined for r in reports),
-    }
-    if json:
-        print_json(
-            {
-                "engine": {"url": info.url, "model": info.model, "version": info.version},
-                "harnesses": [_harness(o) for o in outcomes],
-                "accounting": accounting,
-                "store": store,
-            }
-        )
-        return
-    list_calls(store)
-    rows = [
-        (o.name, o.version, o.exit_code, o.calls, o.sampled_tokens, _rate(found, o), ", ".join(o.refused))
-        for o in outcomes
-    ]
-    print_table("harnesses", "harness version exit calls sampled tok/s refused", rows)
-    num_trajectories = sum(len(trajectories) for trajectories, _ in built)
-    print_table(
-        f"reconstruction: {num_trajectories} trajectories",
-        "sampled trained masked quarantined",
-        [tuple(accounting.values())],
-    )
-    say(f"database: {store}   (polar-mitm show CALL --store {store})")
+        async def count() -> None:
+            while True:
+                num_calls, num_sampled = host.so_far()
+                step.update(f"{job.name}: {num_calls} calls, {num_sampled} sampled tokens")
+                await asyncio.sleep(0.2)
 
-
-def _harness(outcome: Outcome) -> dict[str, Any]:
-    keys = ("name", "version", "exit_code", "calls", "sampled_tokens", "refused", "rollout_id", "incomplete")
-    whole = asdict(outcome)
-    return {key: whole[key] for key in keys}
-
-
-def _rate(calls: list[ModelCall], outcome: Outcome) -> float | None:
-    """Sampled tokens per second of generation, over the calls of a rollout."""
-    own = [c for c in calls if c.rollout_id == outcome.rollout_id and c.first_token_at and c.ended_at]
-    seconds = sum((c.ended_at or 0) - (c.first_token_at or 0) for c in own)
-    return round(sum(len(c.completion_token_ids) for c in own) / seconds, 1) if seconds > 0 else None
+        counter = asyncio.create_task(count())
+        try:
+            yield
+        finally:
+            counter.cancel()

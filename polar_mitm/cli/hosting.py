@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from polar_mitm.cli.output import say
 from polar_mitm.config import Settings
+from polar_mitm.errors import SetupError
 from polar_mitm.types import Rollout
 from polar_mitm.upstream.engine import EngineInfo
 
@@ -35,6 +36,11 @@ class Host(Protocol):
 
     ca_pem: bytes
 
+    @property
+    def store(self) -> Path | None:
+        """Where it records, as far as is known."""
+        ...
+
     async def open(self, rollout: Rollout, sockets: list[socket.socket]) -> None: ...
 
     async def close(self, rollout: Rollout) -> Served: ...
@@ -47,6 +53,17 @@ class EmbeddedHost:
         self.interceptor = interceptor
         self._sessions: dict[str, Session] = {}
         self.ca_pem = interceptor.ca_pem
+
+    @property
+    def store(self) -> Path:
+        """The store, or the rescue store where that could not be written."""
+        path: Path = self.interceptor.recorder.path
+        return path
+
+    def so_far(self) -> tuple[int, int]:
+        """Calls and sampled tokens of the rollouts that run."""
+        running = self._sessions.values()
+        return sum(s.num_calls for s in running), sum(s.num_sampled_tokens for s in running)
 
     async def open(self, rollout: Rollout, sockets: list[socket.socket]) -> None:
         session = await self.interceptor.open_rollout(rollout)
@@ -64,21 +81,41 @@ class EmbeddedHost:
 
 
 class ControlHost:
-    """The interceptor is another process, behind its control socket. One instance per rollout."""
+    """The interceptor is another process, behind its control socket. One instance per rollout.
+
+    Raises:
+        SetupError: nobody answers there.
+    """
+
+    store = None
 
     def __init__(self, path: Path) -> None:
         from polar_mitm_addons.control import ControlClient
 
-        self._client = ControlClient(path)
+        try:
+            self._client = ControlClient(path)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise SetupError(
+                f"no interceptor answers on {path} ({reason}): start one with `polar-mitm up --store FILE`, "
+                "which prints its socket"
+            ) from error
         self.ca_pem = self._client.ca_pem
 
     async def open(self, rollout: Rollout, sockets: list[socket.socket]) -> None:
-        await asyncio.to_thread(self._client.open, rollout, sockets)
-        for sock in sockets:
-            sock.close()  # the interceptor has its own descriptors of them
+        try:
+            await asyncio.to_thread(self._client.open, rollout, sockets)
+        except (OSError, RuntimeError) as error:
+            raise SetupError(f"the interceptor did not take the rollout: {error}") from error
+        finally:
+            for sock in sockets:
+                sock.close()  # the interceptor has its own descriptors of them
 
     async def close(self, rollout: Rollout) -> Served:
-        summary = await asyncio.to_thread(self._client.close, rollout)
+        try:
+            summary = await asyncio.to_thread(self._client.close, rollout)
+        except (OSError, RuntimeError) as error:
+            return Served(incomplete=f"the interceptor was lost: {error}")
         return Served(summary.num_calls, summary.num_sampled_tokens, summary.refused, summary.incomplete)
 
 
@@ -91,7 +128,7 @@ async def embedded(settings: Settings, engine: EngineInfo, store: Path) -> Async
     recorder = Recorder(
         store,
         flush_interval_s=settings.flush_interval_s,
-        on_alarm=lambda text: say(f"[red]store:[/red] {text}"),
+        on_alarm=lambda text: say(f"store: {text}", style="red"),
     )
     await asyncio.to_thread(recorder.open)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,9 @@ class Outcome:
     sampled_tokens: int
     refused: list[str]
     incomplete: str | None
-    seconds: float = 0.0
+    seconds: float
+    store: Path | None
+    """The database that it went to; None where another interceptor keeps it."""
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Job:
     """A harness (or any command) to run on a task directory."""
 
     command: Sequence[str]
-    workdir: Path
+    workdir: Path = Path()
     name: str = ""
     version: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
@@ -48,8 +50,9 @@ class Job:
     never_visible: Sequence[Path] = ()
     group_id: str | None = None
     task_id: str | None = None
-    quiet: bool = False
-    """Harness output goes to stderr, because stdout is for a JSON document."""
+    stdout: int | None = None
+    stderr: int | None = None
+    """Descriptors that the command writes to; its runner's own by default."""
 
 
 async def run_rollout(job: Job, host: Host) -> Outcome:
@@ -70,7 +73,7 @@ async def run_rollout(job: Job, host: Host) -> Outcome:
     )
     sandbox = NamespaceSandbox()
     rollout.status, rollout.stop_reason = "failed", "the sandbox did not start"
-    served = None
+    begun_at = time.monotonic()
     try:
         await sandbox.start(_spec(job, host), lambda sockets: host.open(rollout, sockets))
         rollout.status, rollout.stop_reason = "interrupted", "the runner was interrupted"
@@ -89,6 +92,8 @@ async def run_rollout(job: Job, host: Host) -> Outcome:
         sampled_tokens=served.num_sampled_tokens,
         refused=sorted(served.refused),
         incomplete=served.incomplete,
+        seconds=round(time.monotonic() - begun_at, 2),
+        store=host.store,
     )
 
 
@@ -110,6 +115,7 @@ def _spec(job: Job, host: Host) -> SandboxSpec:
         read_only=job.read_only,
         path=job.path,
         never_visible=job.never_visible,
-        stdout=sys.stderr.fileno() if job.quiet else None,
+        stdout=job.stdout,
+        stderr=job.stderr,
         timeout_s=job.timeout_s,
     )

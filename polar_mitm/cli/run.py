@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,111 +13,137 @@ import typer
 
 from polar_mitm.cli import loop
 from polar_mitm.cli.engine import EngineOption, ModelOption, probed
-from polar_mitm.cli.inspect import StoreOption
-from polar_mitm.cli.output import JsonFlag, fail, print_json, say
+from polar_mitm.cli.exits import TIMEOUT, fail
+from polar_mitm.cli.output import JsonFlag, print_json, progress, say
 from polar_mitm.cli.rollout import Job, Outcome, run_rollout
 from polar_mitm.cli.settings import ConfigOption, MaxTokensOption, settings_from
 from polar_mitm.config import Settings
-from polar_mitm.errors import SetupError
 from polar_mitm.upstream.engine import EngineInfo
 
 if TYPE_CHECKING:
     from polar_mitm_sandbox.install import InstalledHarness
     from polar_mitm_sandbox.recipes import Recipe
 
+EXAMPLES = (
+    "$ polar-mitm run -s runs.duckdb -- claude -p 'fix the failing test'\n\n"
+    "$ polar-mitm run -s runs.duckdb --harness codex --prompt 'fix the test'\n\n"
+    "$ polar-mitm run -s runs.duckdb --engine http://gpu-box:8000 -- ./my-agent\n\n"
+    "$ polar-mitm run --control runs.duckdb.sock -- claude -p 'hi'"
+)
+
 
 def run(
-    store: StoreOption,
     command: Annotated[
-        list[str] | None, typer.Argument(help="After --: the command, such as claude -p 'say hi'.")
+        list[str] | None,
+        typer.Argument(metavar="-- COMMAND", help="What to run, such as claude -p 'say hi'."),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option("--store", "-s", metavar="FILE", help="DuckDB file to record into; made where missing."),
     ] = None,
     harness: Annotated[
         str | None,
-        typer.Option(help="A recipe (claude-code, codex, or a .toml file); else told by the command's name."),
+        typer.Option(metavar="NAME", help="claude-code, codex, sdk-agent or a .toml; else by the command."),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="With --harness, instead of a command.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The task, with --harness and no command.")
+    ] = None,
+    task_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Becomes /workspace, read-write; else a new directory.")
+    ] = None,
     engine: EngineOption = None,
     model: ModelOption = "",
-    task_dir: Annotated[
-        Path | None, typer.Option(help="Becomes /workspace, read-write; a new directory by default.")
-    ] = None,
-    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the command; repeatable.")] = None,
-    read_only: Annotated[list[Path] | None, typer.Option(help="Further host path to show.")] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds after which everything is killed.")] = None,
-    control: Annotated[
-        Path | None, typer.Option(help="Use the interceptor behind this socket (polar-mitm up).")
-    ] = None,
-    group: Annotated[str | None, typer.Option(help="Group id, for rollouts of the same task.")] = None,
-    task: Annotated[str | None, typer.Option(help="Task id.")] = None,
     max_tokens: MaxTokensOption = None,
     config: ConfigOption = None,
+    control: Annotated[
+        Path | None,
+        typer.Option(metavar="SOCKET", help="Use the interceptor of `polar-mitm up`: its store and engine."),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.1, metavar="S", help="Seconds after which all of it is killed.")
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="For the command; repeatable.")
+    ] = None,
+    read_only: Annotated[
+        list[Path] | None, typer.Option(metavar="PATH", help="Further host path to show; repeatable.")
+    ] = None,
+    group: Annotated[str | None, typer.Option(metavar="ID", help="Of the rollouts of one task.")] = None,
+    task: Annotated[str | None, typer.Option(metavar="ID", help="Of the task.")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Run a harness unmodified and record every token that is sampled for it.
+    """Run a harness unmodified, recording every sampled token.
 
-    The exit code is the harness's own. What it prints goes to stdout as it is (to stderr with --json). Known
-    harnesses are installed at a pinned version, with a placeholder for the key that they ask for; nothing of
-    their configuration is changed: no base URL, no proxy.
+    Known harnesses are installed at a pinned version, with a placeholder for
+    the key that they ask for. Nothing of their configuration is changed: no
+    base URL, no proxy. Any other command runs as it is.
+
+    The exit code is the harness's own; 124 after --timeout, 125 if polar-mitm
+    itself failed. What the harness prints goes to stdout as it is (to stderr
+    with --json).
     """
-    workspace = _workspace(task_dir)
-    try:
-        job = prepare(harness, command or [], prompt, workspace)
-    except SetupError as error:
-        fail(str(error))
+    if control is not None and (store or engine or model or max_tokens or config):
+        fail("--control stands alone: store, engine and settings are those of the `polar-mitm up` behind it")
+    if control is None and store is None:
+        fail("say where to record: --store FILE, or --control SOCKET of a `polar-mitm up`")
+    if store is not None and store.is_dir():
+        fail(f"--store takes a file, and {store} is a directory")
+    if task_dir is not None and not task_dir.is_dir():
+        fail(f"--task-dir: {task_dir} is not a directory")
+    job = prepare(harness, command or [], prompt)
     job.env = {**job.env, **_pairs(env or [])}
-    job.read_only = [*job.read_only, *(read_only or [])]
-    job.timeout_s, job.group_id, job.task_id, job.quiet = timeout, group, task, json
-    job.never_visible = [store.absolute()]
+    job.read_only = [*job.read_only, *(path.absolute() for path in read_only or [])]
+    job.timeout_s, job.group_id, job.task_id = timeout, group, task
+    job.stdout = sys.stderr.fileno() if json else None
     settings = settings_from(config, max_tokens=max_tokens)
     info = None if control else probed(engine or settings.engine, model or settings.engine_model)
-    try:
-        outcome = loop.run(_run(job, settings, info, store, control))
-    except SetupError as error:
-        fail(str(error))
-    except (OSError, RuntimeError) as error:
-        fail(f"cannot run: {error}")
-    except KeyboardInterrupt:
-        fail("interrupted; the rollout is recorded as such", code=130)
-    tell(outcome, store, workspace, json)
-    raise typer.Exit(outcome.exit_code)
+    job.workdir = task_dir.absolute() if task_dir else Path(tempfile.mkdtemp(prefix="polar-mitm-workspace-"))
+    outcome = loop.run(_run(job, settings, info, store, control))
+    tell_outcome(outcome, job.workdir, json)
+    raise typer.Exit(TIMEOUT if outcome.status == "timeout" else outcome.exit_code)
 
 
 async def _run(
-    job: Job, settings: Settings, info: EngineInfo | None, store: Path, control: Path | None
+    job: Job, settings: Settings, info: EngineInfo | None, store: Path | None, control: Path | None
 ) -> Outcome:
     from polar_mitm.cli.hosting import ControlHost, embedded
 
-    if control is not None:
+    if info is None or store is None:
+        assert control is not None
+        job.never_visible = [control]
         return await run_rollout(job, ControlHost(control))
-    assert info is not None
+    job.never_visible = [store]
     async with embedded(settings, info, store) as host:
         return await run_rollout(job, host)
 
 
-def prepare(harness: str | None, command: Sequence[str], prompt: str | None, workdir: Path) -> Job:
+def prepare(harness: str | None, command: Sequence[str], prompt: str | None) -> Job:
     """A job for a recipe, for a command that a recipe knows, or for any other command.
 
     Raises:
-        SetupError: no such recipe, it cannot be installed, or nothing to run was given.
+        SetupError: no such recipe, or it cannot be installed.
     """
     from polar_mitm_sandbox import recipes
 
+    if not command and not harness:
+        fail("nothing to run: give a command after --, or --harness NAME --prompt TEXT")
     recipe = recipes.load(harness) if harness else _recipe_of(command)
     if recipe is None:
-        if not command:
-            raise SetupError("nothing to run: give a command after --, or --harness NAME --prompt TEXT")
-        return Job(list(command), workdir, name=Path(command[0]).name)
+        if prompt is not None:
+            fail("--prompt is for --harness NAME; a command of your own takes its prompt after --")
+        return Job(list(command), name=Path(command[0]).name)
+    if command and prompt is not None:
+        fail("either --prompt TEXT or a command after --, not both")
+    if not command and prompt is None:
+        fail(f"give {recipe.name} something to do: --prompt TEXT, or its own command after --")
     installed = install(recipe)
-    if command:
-        own = Path(command[0]).name == installed.bin_path.name
-        arguments = [*installed.command, *command[1:]] if own else list(command)
-    elif prompt is not None:
+    if prompt is not None:
         arguments = [*installed.command, *recipe.arguments(prompt)]
     else:
-        raise SetupError(f"give {recipe.name} something to do: --prompt TEXT, or its own command after --")
+        own = Path(command[0]).name == installed.bin_path.name
+        arguments = [*installed.command, *command[1:]] if own else list(command)
     return Job(
         arguments,
-        workdir,
         name=recipe.name,
         version=recipe.version,
         env=recipe.env,
@@ -133,9 +160,12 @@ def install(recipe: Recipe) -> InstalledHarness:
         SetupError: it cannot be installed here.
     """
     from polar_mitm.cache import default_cache
-    from polar_mitm_sandbox.install import ensure_harness
+    from polar_mitm_sandbox.install import ensure_harness, is_installed
 
-    return ensure_harness(recipe, default_cache(), say)
+    if is_installed(recipe, default_cache()):
+        return ensure_harness(recipe, default_cache(), say)
+    with progress(f"installing {recipe.title} {recipe.version}") as step:
+        return ensure_harness(recipe, default_cache(), step)
 
 
 def _recipe_of(command: Sequence[str]) -> Recipe | None:
@@ -147,27 +177,20 @@ def _recipe_of(command: Sequence[str]) -> Recipe | None:
     return named[0] if named else None
 
 
-def tell(outcome: Outcome, store: Path, workspace: Path, json: bool) -> None:
+def tell_outcome(outcome: Outcome, workspace: Path, json: bool) -> None:
     """Print what a rollout came to."""
     if json:
-        print_json({**asdict(outcome), "store": store, "workspace": workspace})
+        print_json({**asdict(outcome), "workspace": workspace})
         return
     say(
-        f"rollout {outcome.rollout_id}  exit {outcome.exit_code}  {outcome.calls} calls  "
-        f"{outcome.sampled_tokens} sampled tokens  workspace {workspace}"
+        f"rollout {outcome.rollout_id}  {outcome.status}  exit {outcome.exit_code}  {outcome.calls} calls  "
+        f"{outcome.sampled_tokens} sampled tokens  {outcome.seconds:.1f} s"
     )
+    say(f"store {outcome.store or 'of the interceptor'}  workspace {workspace}")
     if outcome.refused:
         say(f"refused: {', '.join(outcome.refused)}")
     if outcome.incomplete:
-        say(f"[red]the record is incomplete:[/red] {outcome.incomplete}; this rollout is never trained on")
-
-
-def _workspace(task_dir: Path | None) -> Path:
-    if task_dir is None:
-        return Path(tempfile.mkdtemp(prefix="polar-mitm-workspace-"))
-    if not task_dir.is_dir():
-        fail(f"--task-dir: {task_dir} is not a directory")
-    return task_dir.absolute()
+        say(f"the record is incomplete, and never trained on: {outcome.incomplete}", style="red")
 
 
 def _pairs(given: Sequence[str]) -> dict[str, str]:

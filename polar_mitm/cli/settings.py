@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
 import typer
 
-from polar_mitm.cli.output import fail
+from polar_mitm.cli.exits import fail
 from polar_mitm.config import Settings, load
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file with settings.")]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", metavar="FILE", help="TOML file with settings (polar_mitm/config.py)."),
+]
 MaxTokensOption = Annotated[
-    int | None, typer.Option("--max-tokens", help="Cap on sampled tokens per call; the engine's window.")
+    int | None,
+    typer.Option("--max-tokens", min=1, metavar="N", help="Cap on sampled tokens per call; else the window."),
 ]
 
 
@@ -22,7 +27,17 @@ def settings_from(config: Path | None, **given: Any) -> Settings:
     try:
         return load(config, **given)
     except FileNotFoundError:
-        fail(f"no such settings file: {config}")
+        fail(f"--config: there is no file {config}")
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        fail(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}")
+        fail("; ".join(_complaint(each, config) for each in error.errors()))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        fail(f"--config: {config} is not TOML: {error}")
+    except OSError as error:
+        fail(f"--config: {config} cannot be read: {error.strerror}")
+
+
+def _complaint(error: Any, config: Path | None) -> str:
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"there is no setting {name!r} ({config}): there are {', '.join(Settings.model_fields)}"
+    return f"setting {name} ({config or 'option or POLAR_MITM_ variable'}): {error['msg']}"

@@ -1,0 +1,53 @@
+"""What the commands that read a store share. They all work while a capture writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from polar_mitm.cli.exits import fail
+from polar_mitm.types import Rollout
+
+if TYPE_CHECKING:
+    from polar_mitm.store import StoreReader
+
+StoreOption = Annotated[
+    Path, typer.Option("--store", "-s", metavar="FILE", help="The DuckDB file of a capture.")
+]
+RolloutOption = Annotated[
+    str | None,
+    typer.Option("--rollout", "-r", metavar="ID", help="Only this rollout: its id, or the end of it."),
+]
+
+
+@contextmanager
+def reading(store: Path) -> Iterator[StoreReader]:
+    """An open reader.
+
+    Raises:
+        StoreError: it cannot be read; the message says why.
+    """
+    from polar_mitm.store import open_reader
+
+    if store.is_dir():
+        fail(f"--store takes a file, and {store} is a directory")
+    with open_reader(store) as reader:
+        yield reader
+
+
+def chosen(reader: StoreReader, rollout: str | None) -> list[Rollout]:
+    """All rollouts, or the one that is asked for; the end of the command where there is none."""
+    found = reader.rollouts()
+    if rollout is None:
+        return found
+    exact = [r for r in found if r.rollout_id == rollout]
+    alike = exact or [r for r in found if rollout and r.rollout_id.endswith(rollout)]
+    if len(alike) > 1:
+        fail(f"--rollout: {rollout!r} may be {', '.join(r.rollout_id for r in alike[:5])}")
+    if not alike:
+        fail(f"--rollout: {reader.path} has no rollout {rollout!r} (`polar-mitm calls` lists them)")
+    return alike
