@@ -8,6 +8,7 @@ async with HeldEngine() as engine, rig(engine.url) as r:
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import socket
 import ssl
@@ -18,6 +19,7 @@ from unittest import mock
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
+from mitmproxy import certs
 from mitmproxy.proxy import server
 
 from polar_mitm.config import Settings
@@ -117,6 +119,9 @@ class Rig:
         return Box(self.interceptor, session, rollout, port)
 
 
+_create_ca = functools.cache(certs.create_ca)  # a new key for each interceptor costs half of a test's time
+
+
 class _Asyncio:
     """`asyncio` as mitmproxy sees it: whatever it dials is noted, and refused."""
 
@@ -141,7 +146,7 @@ async def rig(engine_url: str, **settings: Any) -> AsyncIterator[Rig]:
     info = EngineInfo(engine_url, "scripted", max_model_len=1 << 20, policy_version="scripted@1")
     config = Settings(**({"head_grace_s": 0.02} | settings))
     watched = _Asyncio()
-    with mock.patch.object(server, "asyncio", watched):
+    with mock.patch.object(server, "asyncio", watched), mock.patch.object(certs, "create_ca", _create_ca):
         async with Interceptor(config, info, cast(Recorder, recorder)) as interceptor:
             yield Rig(interceptor, recorder)
     assert watched.dialled == []
