@@ -9,23 +9,35 @@ becomes an array, and text is what a commit stores.
 
 from __future__ import annotations
 
+import array
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
 from polar_mitm.store.bodies import NO_BASE, Base
+from polar_mitm.token_ids import TokenIds
 
 _MAX_TIPS = 16
 _MAX_BYTES = 128 << 20
 _COMMA = b","[0]
 
 
-def ids_text(ids: list[int]) -> bytes:
+def ids_text(ids: Sequence[int]) -> bytes:
     """Token ids as comma-separated text."""
-    return msgspec.json.encode(ids)[1:-1]
+    return ids.text if isinstance(ids, TokenIds) else msgspec.json.encode(ids)[1:-1]
+
+
+def checked(text: bytes) -> bytes:
+    """Ids as text, each one that INTEGER can hold.
+
+    Raises:
+        OverflowError: one that it cannot.
+    """
+    array.array("i", msgspec.json.decode(b"[%b]" % text, type=list[int]))
+    return text
 
 
 @dataclass(slots=True)

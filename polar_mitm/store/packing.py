@@ -10,7 +10,7 @@ import numpy as np
 
 from polar_mitm.store import rows
 from polar_mitm.store.bodies import NO_BASE, Base, Packer
-from polar_mitm.store.chains import Tip, Tips, ids_text, num_ids, whole_prompt
+from polar_mitm.store.chains import Tip, Tips, checked, ids_text, num_ids, whole_prompt
 from polar_mitm.store.redact import credentials
 from polar_mitm.types import ModelCall
 
@@ -50,9 +50,9 @@ class CallPacker:
         parent, shared_bytes = self._tips.best(call.rollout_id, text)
         whole = parent is not None and shared_bytes == len(parent.text)
         shared = parent.num_ids if parent and whole else num_ids(text[:shared_bytes])
-        # An array holds only what INTEGER and FLOAT can.
-        suffix = ids_text(array.array("i", call.prompt_token_ids[shared:]).tolist())
-        completion = ids_text(array.array("i", call.completion_token_ids).tolist())
+        suffix = checked(text[shared_bytes:].removeprefix(b","))
+        completion = checked(ids_text(call.completion_token_ids))
+        # An array holds only what FLOAT can.
         logprobs = np.frombuffer(array.array("f", call.behaviour_logprobs), np.float32)
         base = parent if parent and parent.hops < _MAX_HOPS else None
         known = credentials(call.wire)
