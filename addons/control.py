@@ -20,10 +20,12 @@ from typing import Any
 import msgspec
 
 from polar_mitm.types import Rollout
+from polar_mitm_addons.capture import Session
 from polar_mitm_addons.interceptor import Serving
 
 MAX_MESSAGE = 1 << 18
 MAX_SOCKETS = 16
+MAX_REFUSED = 200
 
 
 class Summary(msgspec.Struct):
@@ -54,8 +56,10 @@ class Control:
         """Bind the socket.
 
         Raises:
-            OSError: the path cannot be bound, or another interceptor answers on it.
+            OSError: the path cannot be bound, is no socket, or another interceptor answers on it.
         """
+        if self._path.exists() and not self._path.is_socket():
+            raise FileExistsError(f"{self._path} is in the way")
         with contextlib.suppress(FileNotFoundError, ConnectionRefusedError), _seqpacket() as sock:
             sock.connect(str(self._path))
             raise OSError(f"another interceptor is serving {self._path}")
@@ -85,45 +89,58 @@ class Control:
     async def _accept(self) -> None:
         while True:
             await _readable(self._socket)
-            peer, _ = self._socket.accept()
+            try:
+                peer, _ = self._socket.accept()
+            except OSError:  # it left again, or there are no descriptors left
+                await asyncio.sleep(0.1)
+                continue
             peer.setblocking(False)
             self._spawn(self._serve(peer))
 
     async def _serve(self, peer: socket.socket) -> None:
-        with peer:
+        with peer, contextlib.suppress(OSError):  # a runner that has died needs no answer
             if _peer_uid(peer) not in (0, os.getuid()):
                 return
-            peer.send(msgspec.json.encode(Summary(ca=self._interceptor.ca_pem.decode())))
+            _send(peer, Summary(ca=self._interceptor.ca_pem.decode()))
+            sockets: list[socket.socket] = []
             try:
                 request, sockets = await _receive(peer)
-                if request.op != "open" or not sockets:
-                    raise ValueError("a rollout begins with `open` and its listening sockets")
-                rollout = request.rollout
-                session = await self._interceptor.open_rollout(rollout)
-                await self._interceptor.serve(session, sockets)
+                session = await self._open(request, sockets)
             except (ValueError, msgspec.MsgspecError, OSError) as error:
-                peer.send(msgspec.json.encode(Summary(ok=False, error=str(error))))
+                for sock in sockets:
+                    sock.close()
+                _send(peer, Summary(ok=False, error=str(error)))
                 return
-            peer.send(msgspec.json.encode(Summary()))
-            rollout.status = "interrupted"
+            rollout = request.rollout
+            rollout.status = "interrupted"  # unless its runner lives to say otherwise
             try:
-                request, _ = await _receive(peer)
-                rollout = request.rollout
+                _send(peer, Summary())
+                rollout = (await _receive(peer))[0].rollout
             except (ValueError, msgspec.MsgspecError, OSError):
-                pass  # the runner died: what it did is recorded as interrupted
+                pass
             finally:
                 await asyncio.shield(self._interceptor.close_rollout(session, rollout))
-            with contextlib.suppress(OSError):
-                peer.send(
-                    msgspec.json.encode(
-                        Summary(
-                            num_calls=session.num_calls,
-                            num_sampled_tokens=session.num_sampled_tokens,
-                            refused=dict(session.refused),
-                            incomplete=rollout.incomplete,
-                        )
-                    )
-                )
+            _send(
+                peer,
+                Summary(
+                    num_calls=session.num_calls,
+                    num_sampled_tokens=session.num_sampled_tokens,
+                    refused=dict(session.refused.most_common(MAX_REFUSED)),
+                    incomplete=rollout.incomplete,
+                ),
+            )
+
+    async def _open(self, request: Request, sockets: list[socket.socket]) -> Session:
+        if request.op != "open" or not sockets:
+            raise ValueError("a rollout begins with `open` and its listening sockets")
+        session = await self._interceptor.open_rollout(request.rollout)
+        try:
+            await self._interceptor.serve(session, sockets)
+        except BaseException:
+            request.rollout.status = "failed"
+            await self._interceptor.close_rollout(session, request.rollout)
+            raise
+        return session
 
 
 class ControlClient:
@@ -159,6 +176,10 @@ class ControlClient:
         if not summary.ok:
             raise RuntimeError(summary.error)
         return summary
+
+
+def _send(peer: socket.socket, summary: Summary) -> None:
+    peer.send(msgspec.json.encode(summary))
 
 
 def _seqpacket() -> socket.socket:

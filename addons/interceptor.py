@@ -40,7 +40,7 @@ class Serving:
         self.engine = engine
         self.capture = Capture(settings, engine, recorder, new_http(settings))
         self.chain = Chain(self.capture)
-        self._open: set[str] = set()
+        self._open: dict[str, Rollout] = {}
 
     async def open_rollout(self, rollout: Rollout) -> Session:
         """Record that a rollout begins.
@@ -50,7 +50,7 @@ class Serving:
         """
         if rollout.rollout_id in self._open:
             raise ValueError(f"rollout {rollout.rollout_id} is open already")
-        self._open.add(rollout.rollout_id)
+        self._open[rollout.rollout_id] = rollout
         rollout.started_at = rollout.started_at or time.time()
         rollout.engine, rollout.model = self.engine.url, self.engine.model
         await asyncio.wrap_future(self.recorder.rollout(rollout))
@@ -69,12 +69,14 @@ class Serving:
         session.closed = True  # a request that is on its way already comes too late
         await self.chain.listeners.close(session)
         await self.chain.intercept.end(session)
+        opened = self._open.pop(session.rollout_id, rollout)
+        # A runner in another process ends it with a copy of its own.
+        rollout.started_at, rollout.engine, rollout.model = opened.started_at, opened.engine, opened.model
         rollout.ended_at = time.time()
         rollout.incomplete = (
             rollout.incomplete or session.incomplete or self.recorder.incomplete(session.rollout_id)
         )
         await asyncio.wrap_future(self.recorder.rollout(rollout))
-        self._open.discard(session.rollout_id)
 
     async def close(self) -> None:
         await self.chain.intercept.end()

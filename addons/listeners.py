@@ -112,7 +112,7 @@ class Listeners:
             reply = answer(
                 query,
                 lambda name: self._capture.provider(name) is not None,
-                lambda name: self._capture.egress(session, "refused", "dns", name.rstrip(".")),
+                lambda name: self._capture.egress(session, "refused", "dns", name.rstrip(".").lower()),
             )
             if reply:
                 sock.sendmsg([reply], _reply_from(ancillary), 0, peer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
 
 from polar_mitm.types import ModelCall
@@ -27,7 +29,7 @@ class Metrics:
         self._whole = Histogram(
             "polar_mitm_call_seconds", "Request to end", buckets=_SECONDS, registry=self.registry
         )
-        self._stop = None
+        self._server: Any = None
 
     def observe(self, call: ModelCall) -> None:
         self._calls.labels(call.dialect, call.status).inc()
@@ -38,11 +40,14 @@ class Metrics:
         if call.ended_at is not None:
             self._whole.observe(call.ended_at - call.started_at)
 
-    def serve(self, port: int) -> None:
-        """Answer scrapers on 127.0.0.1:`port`, until `done`."""
-        server, _ = start_http_server(port, "127.0.0.1", self.registry)
-        self._stop = server.shutdown
+    def serve(self, port: int) -> int:
+        """Answer scrapers on 127.0.0.1:`port` until `done`; the port, which for 0 is a free one."""
+        self._server, self._thread = start_http_server(port, "127.0.0.1", self.registry)
+        return int(self._server.server_port)
 
     def done(self) -> None:
-        if self._stop is not None:
-            self._stop()
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()
+            self._server = None

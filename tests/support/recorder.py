@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import Future
 
+import msgspec
+
 from polar_mitm.types import EgressEvent, ModelCall, Rollout
 
 
@@ -31,7 +33,7 @@ class MemoryRecorder:
         return future
 
     def rollout(self, rollout: Rollout) -> Future[bool]:
-        self.rollouts.append(rollout)
+        self.rollouts.append(msgspec.structs.replace(rollout))
         future: Future[bool] = Future()
         future.set_result(True)
         return future
