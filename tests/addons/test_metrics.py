@@ -35,9 +35,11 @@ async def test_calls_and_tokens_are_counted_and_served() -> None:
         assert value("polar_mitm_first_token_seconds_count") == 3
         assert value("polar_mitm_call_seconds_count") == 4
         port = metrics.serve(0)
-        async with aiohttp.ClientSession() as scraper:
-            async with scraper.get(f"http://127.0.0.1:{port}/metrics") as response:
-                text = await response.text()
+        async with (
+            aiohttp.ClientSession() as scraper,
+            scraper.get(f"http://127.0.0.1:{port}/metrics") as response,
+        ):
+            text = await response.text()
         assert 'polar_mitm_calls_total{dialect="anthropic",status="ok"} 2.0' in text
     with pytest.raises(OSError):  # it ends with the interceptor
         await asyncio.open_connection("127.0.0.1", port)
