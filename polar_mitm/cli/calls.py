@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from polar_mitm.cli.exits import fail
-from polar_mitm.cli.output import JsonFlag, print_json, print_table, say, short, tell
+from polar_mitm.cli.output import JsonFlag, plural, print_json, print_table, say, short, tell
 from polar_mitm.cli.reading import RolloutOption, StoreOption, chosen, reading
 from polar_mitm.types import EgressEvent, ModelCall, Rollout
 
@@ -41,7 +41,7 @@ def calls(store: StoreOption, rollout: RolloutOption = None, json: JsonFlag = Fa
         tell_calls([c for c in found if c.rollout_id == each.rollout_id], counts)
         tell_refused(e for e in events if e.rollout_id == each.rollout_id)
         tell()
-    tell(f"{len(found)} calls in {len(rollouts)} rollouts")
+    tell(f"{plural(len(found), 'call')} in {plural(len(rollouts), 'rollout')}")
 
 
 def show(

@@ -16,11 +16,11 @@ from polar_mitm.cli.demo_report import Demo, Ran, tell_demo
 from polar_mitm.cli.doctor import install_bubblewrap
 from polar_mitm.cli.engine import EngineOption, ModelOption, probed
 from polar_mitm.cli.exits import NO, SETUP, fail
-from polar_mitm.cli.output import JsonFlag, progress, say
+from polar_mitm.cli.output import JsonFlag, plural, progress, say
 from polar_mitm.cli.rollout import Job, run_rollout
 from polar_mitm.cli.run import prepare
 from polar_mitm.cli.settings import settings_from
-from polar_mitm.errors import SetupError
+from polar_mitm.errors import EngineUnfit, SetupError
 from polar_mitm.upstream.engine import EngineInfo
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ def demo(
     ] = None,
     engine: EngineOption = None,
     model: ModelOption = "",
-    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Cap on sampled tokens per call.")] = 96,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Cap on sampled tokens per call.")
+    ] = 1024,
     timeout: Annotated[float, typer.Option(min=1, metavar="S", help="Seconds per harness.")] = 600,
     keep_engine: Annotated[bool, typer.Option("--keep-engine", help="Leave the engine running.")] = False,
     json: JsonFlag = False,
@@ -70,9 +72,8 @@ def demo(
         say("4. the task, in each of them", style="bold")
         path = (store or folder / "demo.duckdb").absolute()
         ran, recorded = loop.run(_run(jobs, info, path, max_tokens))
-    tell_demo(Demo(info, recorded, ran, unavailable), json)
-    if not all(each.outcome.calls for each in ran):
-        say("a harness made no model call; `polar-mitm doctor` may say why", style="red")
+    if not tell_demo(Demo(info, recorded, ran, unavailable), json):
+        say("a harness was not answered: its calls, and the end of its output, say why", style="red")
         raise typer.Exit(NO)
 
 
@@ -104,7 +105,7 @@ def _jobs(folder: Path, timeout: float) -> tuple[list[Job], dict[str, str]]:
             job = prepare(name, [], PROMPT)
         except SetupError as error:
             unavailable[name] = str(error)
-            say(f"{name} cannot be installed here: {error}", style="yellow")
+            say(f"{name} cannot be installed here: {str(error).splitlines()[0]}", style="yellow")
             continue
         job.workdir, job.timeout_s = folder / name, timeout
         job.workdir.mkdir()
@@ -126,8 +127,12 @@ def _engine(url: str | None, model: str, keep: bool) -> Iterator[tuple[str | Non
     if url is not None or engine.status() is not None:
         yield url, model
         return
-    with progress("starting the engine") as step:
-        engine.up(model=model or None, on_step=step)
+    try:
+        with progress() as step:
+            engine.up(model=model or None, on_step=step)
+    except (SetupError, EngineUnfit) as error:
+        say("no engine can be set up here; --engine URL takes a vLLM that runs elsewhere", style="yellow")
+        raise error
     try:
         yield None, ""
     finally:
@@ -150,7 +155,7 @@ async def _run(jobs: list[Job], info: EngineInfo, store: Path, max_tokens: int) 
                 job.stdout = job.stderr = output.fileno()
                 async with _counting(job, host):
                     outcome = await run_rollout(job, host)
-            seen = f"{outcome.calls} calls, {outcome.sampled_tokens} sampled tokens"
+            seen = f"{plural(outcome.calls, 'call')}, {plural(outcome.sampled_tokens, 'sampled token')}"
             say(f"{job.name}: {seen}, exit {outcome.exit_code}, {outcome.seconds:.0f} s")
             ran.append(Ran(outcome, log, (job.workdir / "hello.txt").is_file()))
         return ran, host.store
@@ -164,7 +169,8 @@ async def _counting(job: Job, host: EmbeddedHost) -> AsyncIterator[None]:
         async def count() -> None:
             while True:
                 num_calls, num_sampled = host.so_far()
-                step.update(f"{job.name}: {num_calls} calls, {num_sampled} sampled tokens")
+                seen = f"{plural(num_calls, 'call')}, {plural(num_sampled, 'sampled token')}"
+                step.update(f"{job.name} {job.version}: {seen}")
                 await asyncio.sleep(0.2)
 
         counter = asyncio.create_task(count())

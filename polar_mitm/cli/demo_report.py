@@ -37,8 +37,8 @@ class Demo:
     unavailable: dict[str, str]
 
 
-def tell_demo(demo: Demo, json: bool) -> None:
-    """Read the database and say what is in it of this demo."""
+def tell_demo(demo: Demo, json: bool) -> bool:
+    """Read the database and say what is in it of this demo; whether each harness was answered."""
     from polar_mitm.reconstruct import build
 
     own = [each.outcome.rollout_id for each in demo.ran]
@@ -50,6 +50,7 @@ def tell_demo(demo: Demo, json: bool) -> None:
     reports = [build(calls[i], rollout=rollouts[i])[1] for i in own]
     rates = [tokens_per_s(calls[i], counts) for i in own]
     totals = account(reports)
+    answered = all(any(call.status == "ok" for call in calls[i]) for i in own)
     if json:
         harnesses = [_harness(ran, rate) for ran, rate in zip(demo.ran, rates, strict=True)]
         print_json(
@@ -62,11 +63,11 @@ def tell_demo(demo: Demo, json: bool) -> None:
                 "store": demo.store,
             }
         )
-        return
+        return answered
     for ran in demo.ran:
         o = ran.outcome
         tell(f"\n{o.name} {o.version}  rollout {o.rollout_id}", style="bold")
-        tell(f"its last words, of {ran.log}:")
+        tell(f"the end of its output ({ran.log}):")
         for line in ran.log.read_text(errors="replace").splitlines()[-_LAST_LINES:]:
             tell(f"  | {printable(line)[:200]}", style="dim")
         tell_calls(calls[o.rollout_id], counts)
@@ -101,10 +102,15 @@ def tell_demo(demo: Demo, json: bool) -> None:
         f"{whole}: {totals['sampled']} sampled, {totals['trained']} trained, {totals['masked']} masked, "
         f"{totals['quarantined']} quarantined"
     )
+    if not any(ran.solved for ran in demo.ran):
+        tell(
+            f"nobody solved the task: {demo.engine.model} may be too small for it; --engine URL takes another"
+        )
     tell(f"\nthe database: {demo.store}", style="bold")
     tell(f"  polar-mitm calls --store {demo.store}")
     tell(f"  polar-mitm show CALL --tokens --store {demo.store}")
     tell(f"  polar-mitm export --out trajectories.parquet --store {demo.store}")
+    return answered
 
 
 def _harness(ran: Ran, rate: float | None) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def repair() -> list[str]:
     if problem := install_bubblewrap():
         problems.append(problem)
     try:
-        with progress("engine and default model") as step:
+        with progress() as step:
             engine.ensure_env(engine.default_cache(), step)
             engine.ensure_model(engine.default_cache(), None, step)
     except (SetupError, OSError) as error:

@@ -57,7 +57,7 @@ def up(
     """
     from polar_mitm import engine
 
-    with progress("starting the engine") as step:
+    with progress() as step:
         state = engine.up(
             model=model,
             dtype=dtype,

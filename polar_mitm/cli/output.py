@@ -76,6 +76,11 @@ def short(identifier: str) -> str:
     return identifier if _out().width >= _WIDE else identifier[-8:]
 
 
+def plural(number: int, name: str) -> str:
+    """`1 call`, `2 calls`."""
+    return f"{number} {name}{'' if number == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     """`text` with nothing in it that moves a terminal's cursor: names and errors come from a sandbox."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
@@ -93,10 +98,11 @@ class Steps:
 
 
 @contextmanager
-def progress(text: str) -> Iterator[Steps]:
+def progress(text: str = "") -> Iterator[Steps]:
     """A spinner with a clock while something long runs; only lines where stderr is no terminal."""
     if not err.is_terminal:
-        say(text)
+        if text:
+            say(text)
         yield Steps(lambda text: None)
         return
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()

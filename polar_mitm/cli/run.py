@@ -14,7 +14,7 @@ import typer
 from polar_mitm.cli import loop
 from polar_mitm.cli.engine import EngineOption, ModelOption, probed
 from polar_mitm.cli.exits import TIMEOUT, fail
-from polar_mitm.cli.output import JsonFlag, print_json, progress, say
+from polar_mitm.cli.output import JsonFlag, plural, print_json, progress, say
 from polar_mitm.cli.rollout import Job, Outcome, run_rollout
 from polar_mitm.cli.settings import ConfigOption, MaxTokensOption, settings_from
 from polar_mitm.config import Settings
@@ -95,6 +95,8 @@ def run(
     job.read_only = [*job.read_only, *(path.absolute() for path in read_only or [])]
     job.timeout_s, job.group_id, job.task_id = timeout, group, task
     job.stdout = sys.stderr.fileno() if json else None
+    if store is not None:
+        _hint(store.absolute())
     settings = settings_from(config, max_tokens=max_tokens)
     info = None if control else probed(engine or settings.engine, model or settings.engine_model)
     job.workdir = task_dir.absolute() if task_dir else Path(tempfile.mkdtemp(prefix="polar-mitm-workspace-"))
@@ -164,7 +166,7 @@ def install(recipe: Recipe) -> InstalledHarness:
 
     if is_installed(recipe, default_cache()):
         return ensure_harness(recipe, default_cache(), say)
-    with progress(f"installing {recipe.title} {recipe.version}") as step:
+    with progress() as step:
         return ensure_harness(recipe, default_cache(), step)
 
 
@@ -183,14 +185,26 @@ def tell_outcome(outcome: Outcome, workspace: Path, json: bool) -> None:
         print_json({**asdict(outcome), "workspace": workspace})
         return
     say(
-        f"rollout {outcome.rollout_id}  {outcome.status}  exit {outcome.exit_code}  {outcome.calls} calls  "
-        f"{outcome.sampled_tokens} sampled tokens  {outcome.seconds:.1f} s"
+        f"rollout {outcome.rollout_id}  {outcome.status}  exit {outcome.exit_code}  "
+        f"{plural(outcome.calls, 'call')}  {plural(outcome.sampled_tokens, 'sampled token')}  "
+        f"{outcome.seconds:.1f} s"
     )
     say(f"store {outcome.store or 'of the interceptor'}  workspace {workspace}")
     if outcome.refused:
         say(f"refused: {', '.join(outcome.refused)}")
     if outcome.incomplete:
         say(f"the record is incomplete, and never trained on: {outcome.incomplete}", style="red")
+
+
+def _hint(store: Path) -> None:
+    """A store has one writer. The recorder will say so and go elsewhere; what to do about it is ours to say."""
+    from polar_mitm.store.share import find_live
+
+    if live := find_live(store):
+        say(
+            f"process {live.pid} records into {store}: --control SOCKET joins a `polar-mitm up`",
+            style="yellow",
+        )
 
 
 def _pairs(given: Sequence[str]) -> dict[str, str]:

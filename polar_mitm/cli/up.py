@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -52,14 +54,14 @@ def up(
     socket; no sandbox sees it.
     """
     door = (control or store.with_name(store.name + ".sock")).absolute()
-    _check(store, door)
+    _check(store, door, metrics_port)
     settings = settings_from(config, max_tokens=max_tokens)
     info = probed(engine or settings.engine, model or settings.engine_model)
     loop.run(_serve(settings, info, store.absolute(), door, metrics_port, json))
 
 
-def _check(store: Path, door: Path) -> None:
-    """Refuse what would only half work: a busy store, a socket that is something else."""
+def _check(store: Path, door: Path, metrics_port: int | None) -> None:
+    """Refuse what cannot work before anything is made: a busy store, socket or port."""
     from polar_mitm.store.share import find_live
 
     if store.is_dir():
@@ -70,6 +72,14 @@ def _check(store: Path, door: Path) -> None:
         fail(f"--control: {door} exists and is no socket")
     if len(str(door).encode()) > 107:  # unix(7), sun_path
         fail(f"--control: {door} is too long for a socket's address (107 bytes): give a shorter one")
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as runner:
+        runner.connect(str(door))
+        fail(f"--control: another interceptor serves {door}: stop it first, or use another socket")
+    if metrics_port:
+        try:
+            socket.create_server(("127.0.0.1", metrics_port)).close()
+        except OSError as error:
+            fail(f"--metrics-port: cannot listen on 127.0.0.1:{metrics_port}: {error.strerror}", SETUP)
 
 
 async def _serve(
@@ -83,10 +93,7 @@ async def _serve(
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with embedded(settings, info, store) as host:
         if metrics_port:
-            try:
-                host.interceptor.chain.metrics.serve(metrics_port)
-            except OSError as error:
-                fail(f"--metrics-port: cannot listen on 127.0.0.1:{metrics_port}: {error.strerror}", SETUP)
+            host.interceptor.chain.metrics.serve(metrics_port)
         control = Control(host.interceptor, door)
         try:
             control.start()
