@@ -27,12 +27,13 @@ class Chain:
 
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
+        self.streaming = Streaming(capture.settings.max_body_bytes)
         self.listeners = Listeners(capture)
         self.intercept = Intercept(capture)
         self.metrics = Metrics()
         capture.observe = self.metrics.observe
         self.addons: list[Any] = [
-            Streaming(capture.settings.max_body_bytes),
+            self.streaming,
             Egress(),
             Identify(capture),
             self.intercept,

@@ -23,7 +23,7 @@ from polar_mitm.types import Wire
 from polar_mitm_addons.capture import Capture, Session
 from polar_mitm_addons.identify import PROVIDER, wants_websocket
 from polar_mitm_addons.replies import stream_head, to_response
-from polar_mitm_addons.streaming import ANSWER, GONE, TOO_LARGE, send
+from polar_mitm_addons.streaming import ANSWER, GONE, TOO_LARGE, Answer, send
 
 logger = logging.getLogger(__name__)
 
@@ -192,11 +192,11 @@ class _Call:
         except TimeoutError:
             if not timer.expired():
                 raise
-            await self._release(exchange.open())
-            await self._send(exchange.opening())
+            await self._release(exchange.open(), exchange.opening())
             out = await self._next_output(body)
         if out and not self._head.done():
-            await self._release(exchange.open())
+            await self._release(exchange.open(), out)
+            out = await self._next_output(body)
         while out:
             await self._send(out)
             out = await self._next_output(body)
@@ -220,12 +220,14 @@ class _Call:
                     while await body.readany():
                         pass
 
-    async def _release(self, headers: dict[str, str]) -> None:
-        """Let mitmproxy send the head, and wait until it has."""
+    async def _release(self, headers: dict[str, str], first: bytes) -> None:
+        """Let mitmproxy send the head and the first bytes, and wait until it has."""
         chunked = not self._flow.request.is_http2
-        self._flow.metadata[ANSWER] = lambda: self._begun.done() or self._begun.set_result(None)
+        begun = self._begun
+        self._flow.metadata[ANSWER] = Answer(first, lambda: begun.done() or begun.set_result(None))
         self._head.set_result(stream_head(headers, chunked=chunked))
         await self._begun
+        self._last_sent = asyncio.get_running_loop().time()
 
     async def _send(self, data: bytes) -> None:
         if data and not await send(self._flow, data):

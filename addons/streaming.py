@@ -3,14 +3,15 @@
 mitmproxy buffers a response that an addon sets, and a streamed one must come from an upstream connection of
 mitmproxy's own, whose last bytes it releases before any hook can make a record durable. These two layers add
 the missing case through the documented `next_layer` hook, with nothing patched: an addon sets `flow.response`
-to a head and `flow.metadata[ANSWER]` to a function; once the head is out the function is called and may then
-`send` chunks, each of which goes to the client at once. So mitmproxy never opens an upstream connection, and
-`server_connect` can refuse every one.
+to a head and `flow.metadata[ANSWER]` to an `Answer`: first bytes that go out with the head, and a function
+that is called then and may `send` further ones, each of which goes to the client at once. So mitmproxy never
+opens an upstream connection, and `server_connect` can refuse every one.
 """
 
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,13 +36,21 @@ from mitmproxy.proxy.layers.http import (
 )
 
 ANSWER = "polar_answer"
-"""`flow.metadata` key: `Callable[[], None]`, called once the head of `flow.response` is out."""
+"""`flow.metadata` key: the `Answer` to stream after the head of `flow.response`."""
 
 GONE = "polar_gone"
 """`flow.metadata` key: `Callable[[], None]`, called when the client leaves, also while a hook is awaited."""
 
 TOO_LARGE = "polar_too_large"
 """`flow.metadata` key: set when the request body went over the limit; `request` then sees no body."""
+
+
+@dataclass
+class Answer:
+    """What follows the head: bytes that leave with it, and a function to call once they have."""
+
+    first: bytes
+    begun: Callable[[], None]
 
 
 @dataclass
@@ -74,9 +83,13 @@ def hang_up(client_id: str) -> None:
 
 
 class AnswerStream(HttpStream):
-    """One request and its answer, which an addon may stream."""
+    """One request and its answer, which an addon may stream.
+
+    `announce`: run the hooks `responseheaders` and `response`, for addons that want to see answers.
+    """
 
     body_limit = 0
+    announce = True
 
     def handle_event(self, event: events.Event) -> CommandGenerator[None]:
         # While a hook is awaited, mitmproxy keeps all events for later; this one cannot wait.
@@ -89,16 +102,33 @@ class AnswerStream(HttpStream):
             return self.state_answer(event)
         return super()._handle_event(event)
 
+    def state_consume_request_body(self, event: events.Event) -> CommandGenerator[None]:
+        if self.announce or not isinstance(event, RequestEndOfMessage):
+            yield from super().state_consume_request_body(event)
+            return
+        self.flow.request.timestamp_end = time.time()
+        self.flow.request.data.content = bytes(self.request_body_buf)
+        self.request_body_buf.clear()
+        self.client_state = self.state_done
+        yield HttpRequestHook(self.flow)
+        if (yield from self.check_killed(True)):
+            return
+        if self.flow.response is None:  # no addon of ours leaves a request unanswered
+            self.flow.response = http.Response.make(502)
+        yield from self.send_response()
+
     def send_response(self, already_streamed: bool = False) -> CommandGenerator[None]:
-        begin: Callable[[], None] | None = self.flow.metadata.get(ANSWER)
-        if begin is None:
+        answer: Answer | None = self.flow.metadata.get(ANSWER)
+        if answer is None:
             yield from super().send_response(already_streamed)
             return
         yield SendHttp(
             ResponseHeaders(self.stream_id, self.flow.response, end_stream=False), self.context.client
         )
+        if answer.first:
+            yield SendHttp(ResponseData(self.stream_id, answer.first), self.context.client)
         self.server_state = self.state_answer
-        begin()
+        answer.begun()
 
     def state_answer(self, event: AnswerData) -> CommandGenerator[None]:
         if self.server_state != self.state_answer:
@@ -106,7 +136,8 @@ class AnswerStream(HttpStream):
         if event.message:
             yield SendHttp(ResponseData(self.stream_id, event.message), self.context.client)
         if event.end:
-            yield HttpResponseHook(self.flow)
+            if self.announce:
+                yield HttpResponseHook(self.flow)
             self.server_state = self.state_done
             yield from self.flow_done()
 
@@ -150,7 +181,7 @@ class AnswerStream(HttpStream):
 class AnswerLayer(HttpLayer):
     """mitmproxy's HTTP layer with `AnswerStream`s."""
 
-    body_limit = 0
+    stream_type = AnswerStream
 
     def _handle_event(self, event: events.Event) -> CommandGenerator[None]:
         if not isinstance(event, AnswerData):
@@ -162,8 +193,7 @@ class AnswerLayer(HttpLayer):
                 yield from self.event_to_child(stream, event)
 
     def make_stream(self, stream_id: int) -> CommandGenerator[None]:
-        stream = AnswerStream(self.context.fork(), stream_id)
-        stream.body_limit = self.body_limit
+        stream = self.stream_type(self.context.fork(), stream_id)
         self.streams[stream_id] = stream
         yield from self.event_to_child(stream, events.Start())
 
@@ -172,7 +202,8 @@ class Streaming:
     """Addon: puts `AnswerLayer` in place of mitmproxy's `HttpLayer`. Comes after mitmproxy's `NextLayer`."""
 
     def __init__(self, body_limit: int) -> None:
-        self._layer = type("AnswerLayer", (AnswerLayer,), {"body_limit": body_limit})
+        self.stream_type = type("LimitedStream", (AnswerStream,), {"body_limit": body_limit})
+        self._layer = type("LimitedLayer", (AnswerLayer,), {"stream_type": self.stream_type})
 
     def next_layer(self, nextlayer: NextLayer) -> None:
         if type(nextlayer.layer) is HttpLayer:
