@@ -19,6 +19,7 @@ from mitmproxy.proxy.mode_servers import ProxyConnectionHandler
 from polar_mitm_addons.capture import Capture, Session
 from polar_mitm_addons.dns import answer
 from polar_mitm_addons.streaming import hang_up
+from polar_mitm_addons.writer import CoalescingWriter
 
 SILENCE_TIMEOUT_S = 30.0
 """A client that has neither begun TLS nor made a request after this long is dropped."""
@@ -88,7 +89,7 @@ class Listeners:
             writer.close()
             return
         mode = mode_specs.ProxyMode.parse("transparent")
-        handler = self.handler(ctx.master, reader, writer, ctx.options, mode)
+        handler = self.handler(ctx.master, reader, CoalescingWriter(writer), ctx.options, mode)
         context = handler.layer.context
         handler.layer = layers.modes.TransparentProxy(context)
         # Where the client meant to go: the sandbox makes every address local, so the socket knows.
@@ -97,7 +98,7 @@ class Listeners:
         client_id = context.client.id
         self._capture.clients[client_id] = session
         silence = asyncio.get_running_loop().call_later(
-            SILENCE_TIMEOUT_S, lambda: client_id in self._capture.spoke or hang_up(client_id)
+            SILENCE_TIMEOUT_S, lambda: client_id in self._capture.silent and hang_up(client_id)
         )
         try:
             with ctx.master.addons.get("proxyserver").register_connection(client_id, handler):

@@ -41,7 +41,7 @@ class Settings(BaseSettings):
     retry_after_s: int = 5
 
     hosts: dict[str, str] = Field(default_factory=dict, description="more provider hosts: name -> provider")
-    flush_interval_s: float = 0.005
+    flush_interval_s: float = 0.02
 
     @classmethod
     def settings_customise_sources(
