@@ -50,8 +50,8 @@ class Capture:
     observe: Callable[[ModelCall], None] = lambda call: None
     default: Session | None = None
     clients: dict[str, Session] = field(default_factory=dict)
-    spoke: set[str] = field(default_factory=set)
-    """Ids of clients that began TLS or made a request."""
+    silent: set[str] = field(default_factory=set)
+    """Ids of clients that have neither begun TLS nor made a request yet."""
 
     def provider(self, host: str) -> str | None:
         """The provider that `host` belongs to; None for a host that nobody may talk to."""

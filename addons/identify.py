@@ -17,11 +17,14 @@ class Identify:
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
 
+    def client_connected(self, client: connection.Client) -> None:
+        self._capture.silent.add(client.id)
+
     def tls_clienthello(self, data: tls.ClientHelloData) -> None:
         client = data.context.client
         session = self._capture.session(client.id)
         name = data.client_hello.sni or _destination(client)
-        self._capture.spoke.add(client.id)
+        self._capture.silent.discard(client.id)
         if session is None or self._capture.provider(name) is None:
             if session is not None:
                 self._capture.egress(session, "refused", "tls", name)
@@ -29,7 +32,7 @@ class Identify:
 
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         client = flow.client_conn
-        self._capture.spoke.add(client.id)
+        self._capture.silent.discard(client.id)
         session = self._capture.session(client.id)
         host = flow.request.pretty_host
         provider = self._capture.provider(host)
@@ -44,10 +47,10 @@ class Identify:
         flow.metadata[PROVIDER] = provider
 
     def client_disconnected(self, client: connection.Client) -> None:
-        if client.id in self._capture.spoke:
-            self._capture.spoke.discard(client.id)
-        elif (session := self._capture.session(client.id)) is not None:
+        session = self._capture.session(client.id)
+        if client.id in self._capture.silent and session is not None:
             self._capture.egress(session, "refused", "tcp", _destination(client), "neither TLS nor HTTP")
+        self._capture.silent.discard(client.id)
 
 
 def wants_websocket(request: http.Request) -> bool:

@@ -7,14 +7,14 @@ no runner handed over (`polar_control`) belong to the rollout named by `polar_ro
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mitmproxy import ctx, exceptions
 from mitmproxy.addonmanager import Loader
+from mitmproxy.proxy.layer import NextLayer
 
-from polar_mitm.config import Settings, load
+from polar_mitm import config  # the module: a name `load` here would be a hook of mitmproxy
 from polar_mitm.dialects.ids import new_id
 from polar_mitm.errors import EngineUnfit, StoreError
 from polar_mitm.store import Recorder
@@ -22,6 +22,7 @@ from polar_mitm.types import Rollout
 from polar_mitm.upstream.probe import probe
 from polar_mitm_addons.chain import OPTIONS
 from polar_mitm_addons.control import Control
+from polar_mitm_addons.egress import Egress
 from polar_mitm_addons.interceptor import Serving
 
 
@@ -29,7 +30,7 @@ class Polar:
     """Adds the options, and our chain of addons once mitmproxy runs."""
 
     def __init__(self) -> None:
-        self.addons: list[Any] = []
+        self.addons: list[Any] = [Egress()]  # before we can capture, nothing leaves either
         self._serving: Serving | None = None
         self._control: Control | None = None
 
@@ -48,15 +49,13 @@ class Polar:
                 raise exceptions.OptionsError(
                     "polar.py needs --set polar_store=FILE and --set polar_engine=URL"
                 )
-            config = Path(options.polar_config) if options.polar_config else None
-            settings: Settings = load(config, engine=options.polar_engine, engine_model=options.polar_model)
+            file = Path(options.polar_config) if options.polar_config else None
+            settings = config.load(file, engine=options.polar_engine, engine_model=options.polar_model)
             engine = await probe(settings.engine, settings.engine_model)
             recorder = Recorder(Path(options.polar_store), flush_interval_s=settings.flush_interval_s)
             recorder.open()
         except (EngineUnfit, StoreError, OSError, ValueError, exceptions.OptionsError) as error:
-            # An interceptor that cannot capture must not run as an open proxy.
-            ctx.master.shutdown()
-            raise SystemExit(f"polar-mitm: {error}") from error
+            _give_up(error)
         options.update(**OPTIONS)
         self._serving = serving = Serving(settings, engine, recorder)
         # Made by mitmproxy at its first start; runners need it for their sandboxes.
@@ -64,10 +63,14 @@ class Polar:
         rollout = Rollout(options.polar_rollout or new_id(), harness="mitmproxy")
         self._rollout = rollout
         serving.capture.default = await serving.open_rollout(rollout)
-        self.addons = serving.chain.addons
+        self.addons = [NextLayerFirst(), *serving.chain.addons]
         if options.polar_control:
-            self._control = Control(serving, Path(options.polar_control))
-            self._control.start()
+            control = Control(serving, Path(options.polar_control))
+            try:
+                control.start()
+            except OSError as error:
+                _give_up(error)
+            self._control = control
 
     async def done(self) -> None:
         serving, self._serving = self._serving, None
@@ -78,9 +81,21 @@ class Polar:
         self._rollout.status = "completed"
         if serving.capture.default is not None:
             await serving.close_rollout(serving.capture.default, self._rollout)
-        with contextlib.suppress(asyncio.TimeoutError):
-            await serving.close()
+        await serving.close()
         await asyncio.to_thread(serving.recorder.close)
+
+
+class NextLayerFirst:
+    """Addon: mitmproxy runs scripts before its own `NextLayer`, but our `Streaming` has to come after it."""
+
+    def next_layer(self, nextlayer: NextLayer) -> None:
+        ctx.master.addons.get("nextlayer").next_layer(nextlayer)
+
+
+def _give_up(error: Exception) -> NoReturn:
+    """An interceptor that cannot do what was asked does not run on as something else."""
+    ctx.master.shutdown()
+    raise SystemExit(f"polar-mitm: {error}") from error
 
 
 def _certificate(confdir: Path) -> bytes:
