@@ -16,6 +16,7 @@ from polar_mitm.cli.output import JsonFlag, print_json
 
 _SETUP, _CAPTURE, _READ = "Set up", "Capture", "Read (also while a capture runs)"
 
+
 app = typer.Typer(
     name="polar-mitm",
     no_args_is_help=True,
@@ -77,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the console script: runs a command, and ends the process with its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     own = given[: given.index("--")] if "--" in given else given
-    signal.signal(signal.SIGTERM, exits.terminated)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, exits.interrupt)
     try:
         code = app(given, prog_name="polar-mitm", standalone_mode=False)
     except BaseException as error:

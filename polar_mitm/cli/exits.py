@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import traceback
 from types import FrameType
 from typing import NoReturn
-
-import typer
 
 from polar_mitm.cli.output import complain, print_json
 from polar_mitm.errors import EngineUnfit, SetupError, StoreError
@@ -38,8 +35,12 @@ class Failure(Exception):
         self.code = code
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: like Ctrl-C, so that what was begun is ended in good order."""
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM: what was begun is ended in good order. (Typer makes a silent 130 of the first.)"""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = 128 + number
 
 
 def fail(message: str, code: int = INPUT) -> NoReturn:
@@ -47,18 +48,17 @@ def fail(message: str, code: int = INPUT) -> NoReturn:
     raise Failure(message, code)
 
 
-def terminated(number: int = signal.SIGTERM, frame: FrameType | None = None) -> NoReturn:
+def interrupt(number: int, frame: FrameType | None) -> NoReturn:
     """A signal handler."""
-    raise Terminated
+    raise Interrupted(number)
 
 
 def report(error: BaseException, command: str, machine: bool) -> int:
     """Tell a person, or a machine, why the command ended; returns the exit code."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else NO
-    if isinstance(error, KeyboardInterrupt | typer.Abort):
-        code = 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
-        kind, message = "interrupted", "interrupted"
+    if isinstance(error, Interrupted):
+        code, kind, message = error.code, "interrupted", "interrupted"
     else:
         code, message = _verdict(error)
         kind = _KINDS.get(code, "input")

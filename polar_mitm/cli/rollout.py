@@ -6,11 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from polar_mitm.cli.hosting import Host
 from polar_mitm.dialects.ids import new_id
-from polar_mitm.types import Rollout
+from polar_mitm.types import Rollout, RolloutStatus
 
 if TYPE_CHECKING:
     from polar_mitm_sandbox import SandboxSpec
@@ -72,15 +72,16 @@ async def run_rollout(job: Job, host: Host) -> Outcome:
         command=list(job.command),
     )
     sandbox = NamespaceSandbox()
-    rollout.status, rollout.stop_reason = "failed", "the sandbox did not start"
+    ending: tuple[RolloutStatus, str] = ("failed", "the sandbox did not start")
     begun_at = time.monotonic()
     try:
         await sandbox.start(_spec(job, host), lambda sockets: host.open(rollout, sockets))
-        rollout.status, rollout.stop_reason = "interrupted", "the runner was interrupted"
+        ending = ("interrupted", "the runner was interrupted")
         rollout.exit_code = await sandbox.wait()
-        rollout.status, rollout.stop_reason = _verdict(rollout.exit_code, sandbox.timed_out)
+        ending = _verdict(rollout.exit_code, sandbox.timed_out)
     finally:
         await sandbox.stop()
+        rollout.status, rollout.stop_reason = ending
         served = await host.close(rollout)
     return Outcome(
         rollout_id=rollout.rollout_id,
@@ -97,7 +98,7 @@ async def run_rollout(job: Job, host: Host) -> Outcome:
     )
 
 
-def _verdict(exit_code: int, timed_out: bool) -> tuple[Any, str]:
+def _verdict(exit_code: int, timed_out: bool) -> tuple[RolloutStatus, str]:
     if timed_out:
         return "timeout", "the deadline passed"
     return ("completed", "exit 0") if exit_code == 0 else ("failed", f"exit {exit_code}")
