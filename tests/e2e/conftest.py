@@ -1,41 +1,124 @@
-"""What the end-to-end tests stand on: installed harnesses, a scripted engine, a real vLLM."""
+"""What the end-to-end tests stand on: the command line as users run it, scripted engines, a real vLLM."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-import subprocess
+import os
+import signal
 import sys
 import sysconfig
-from collections.abc import AsyncIterator, Callable, Iterator
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from polar_mitm import engine
-from tests.support.scripted_engine import ScriptedEngine
-from tests.support.scripts import write_file_in_two_turns
 
 POLAR_MITM = Path(sysconfig.get_path("scripts")) / "polar-mitm"
-Cli = Callable[..., subprocess.CompletedProcess[str]]
+DEADLINE_S = 120
+"""Against hangs; whatever is waited for takes a fraction of it."""
+
+PROMPT = "Create hello.txt containing hi with the shell tool, then say done."
+_CODEX = ["codex", "exec", "--dangerously-bypass-approvals-and-sandbox", "--skip-git-repo-check"]
+HARNESSES = {
+    "claude-code": ["claude", "--dangerously-skip-permissions", "-p", PROMPT],
+    "codex": [*_CODEX, "--model", "gpt-5", PROMPT],
+    # No model named: Codex then offers one JavaScript tool with a grammar, in a namespace.
+    "codex-lite": [*_CODEX, PROMPT],
+}
+
+
+@dataclass
+class Ended:
+    """What a command came to."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        """The JSON document that a `--json` command ends with."""
+        return json.loads(self.out.strip().splitlines()[-1])
+
+
+@dataclass
+class Started:
+    """A `polar-mitm` command under way. `mark` is in the environment of everything in its sandbox."""
+
+    process: asyncio.subprocess.Process
+    mark: str
+
+    async def ended(self) -> Ended:
+        async with asyncio.timeout(DEADLINE_S):
+            out, err = await self.process.communicate()
+        assert self.process.returncode is not None
+        return Ended(self.process.returncode, out.decode(), err.decode())
+
+    async def line(self) -> str:
+        """The next line of its standard output."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(DEADLINE_S):
+            return (await self.process.stdout.readline()).decode()
+
+    def interrupt(self, number: int = signal.SIGINT) -> None:
+        """A signal to the command alone."""
+        self.process.send_signal(number)
+
+    def leftovers(self) -> list[str]:
+        """Processes that have the mark, in their environment or on their command line."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                seen = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
+            except OSError:  # it has ended, or is somebody else's
+                continue
+            if self.mark.encode() in seen:
+                found.append(seen.partition(b"\0")[0].decode())
+        return found
+
+
+@dataclass
+class Cli:
+    """Starts the installed command, as a user would; `become` is a prefix that makes it another user's."""
+
+    env: dict[str, str] = field(default_factory=lambda: {**os.environ, "TERM": "dumb"})
+    become: Sequence[str] = ()
+    started: list[Started] = field(default_factory=list)
+
+    async def start(self, *arguments: object) -> Started:
+        process = await asyncio.create_subprocess_exec(
+            *self.become, POLAR_MITM, *map(str, arguments),
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=self.env,
+            start_new_session=True, limit=1 << 24,
+        )  # fmt: skip
+        self.started.append(Started(process, ""))
+        return self.started[-1]
+
+    async def run(self, *options: object, command: Sequence[object], task: Path | None = None) -> Started:
+        """`polar-mitm run` of a command, on a new task directory unless one is given."""
+        mark = uuid.uuid4().hex
+        given = [*options, "--env", f"POLAR_TEST_MARK={mark}"] + (["--task-dir", task] if task else [])
+        run = await self.start("run", *given, "--", *command)
+        run.mark = mark
+        return run
+
+    async def __call__(self, *arguments: object) -> Ended:
+        return await (await self.start(*arguments)).ended()
 
 
 @pytest.fixture
-def cli() -> Cli:
-    """Runs the installed command as a user would; its output comes back as text."""
-
-    def call(*arguments: object, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-        command = [str(POLAR_MITM), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-
-    return call
-
-
-@pytest.fixture
-async def writing_engine() -> AsyncIterator[ScriptedEngine]:
-    """A scripted engine that makes any harness write `hello.txt`, in a process of its own loop."""
-    async with ScriptedEngine(write_file_in_two_turns("hello.txt", "hi")) as scripted:
-        yield scripted
+async def cli() -> AsyncIterator[Cli]:
+    """What is still running when the test ends is killed; sandboxes die with their runner."""
+    cli = Cli()
+    yield cli
+    for each in cli.started:
+        if each.process.returncode is None:
+            os.killpg(each.process.pid, signal.SIGKILL)
+            await each.process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +131,13 @@ def vllm() -> Iterator[engine.EngineState]:
         engine.down()
 
 
-def last_json(text: str) -> Any:
-    """The JSON document that a `--json` command ends with."""
-    return json.loads(text.strip().splitlines()[-1])
+async def until(condition: Callable[[], Any], what: str, *meanwhile: Started) -> None:
+    """Wait for what has no event of its own, `meanwhile` commands are running."""
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            while not condition():
+                await asyncio.sleep(0.02)
+                for each in meanwhile:
+                    assert each.process.returncode is None, (what, await each.ended())
+    except TimeoutError:
+        raise AssertionError(f"waited in vain: {what}") from None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polar_mitm.cache import default_cache
 from polar_mitm_sandbox import identity
 
 ORDINARY_UID = 12345
@@ -121,12 +122,12 @@ class User:
         )
 
     def become(self) -> list[str]:
-        """Drop from root to the ordinary user, and open the way to a Python in root's closed home."""
+        """Drop from root to the ordinary user, and open the way to what lies in root's closed home."""
         if self.uid == os.geteuid():
             return []
         home = Path.home()
         opened: list[str | Path] = ["--perms", "0755", "--tmpfs", home]
-        for path in map(Path, (sys.base_prefix, sys.prefix, REPOSITORY)):
+        for path in (*map(Path, (sys.base_prefix, sys.prefix, REPOSITORY)), default_cache()):
             if path.is_relative_to(home):
                 for parent in reversed(
                     [each for each in path.parents if each.is_relative_to(home) and each != home]
