@@ -63,8 +63,7 @@ def show(
         print_json(found)
         return
     about = brief(found, len(found.prompt_token_ids), len(found.completion_token_ids))
-    for name, value in about.items():
-        tell(f"{name:>20}  {'' if value is None else value}")
+    print_table("field,value", [(name, _text(value)) for name, value in about.items()])
     if tokens:
         start = len(found.prompt_token_ids)
         sampled = zip(found.completion_token_ids, found.behaviour_logprobs, strict=True)
@@ -73,6 +72,12 @@ def show(
         for title, body in (("request", found.wire.request_body), ("response", found.wire.response_body)):
             tell(f"--- {title}, {len(body)} bytes", style="bold")
             tell(body.decode("utf-8", "replace"))
+
+
+def _text(value: object) -> str | None:
+    if isinstance(value, dict | list):
+        return msgspec.json.encode(value).decode()
+    return None if value is None else str(value)
 
 
 def tell_rollout(rollout: Rollout) -> None:
@@ -122,7 +127,8 @@ def tokens_per_s(found: Iterable[ModelCall], counts: dict[str, Count]) -> float 
     """Sampled tokens per second of generation, first token to end."""
     timed = [c for c in found if c.first_token_at and c.ended_at and c.ended_at > c.first_token_at]
     seconds = sum((c.ended_at or 0) - (c.first_token_at or 0) for c in timed)
-    return round(sum(counts[c.call_id][1] for c in timed) / seconds, 1) if timed else None
+    rate = sum(counts[c.call_id][1] for c in timed) / seconds if timed else None
+    return rate if rate is None else round(rate) if rate >= 100 else round(rate, 1)
 
 
 def brief(call: ModelCall, num_prompt: int, num_sampled: int) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 
+from polar_mitm.cli import loop
 from polar_mitm.cli.exits import ENGINE, NO, fail
 from polar_mitm.cli.output import JsonFlag, print_json, progress, tell
 from polar_mitm.upstream.engine import EngineInfo
@@ -136,7 +136,7 @@ def probed(url: str | None, model: str = "") -> EngineInfo:
         url = state.url
     url = engine_url(url)
     with progress(f"probing the engine at {url}"):
-        return asyncio.run(look(url, model))
+        return loop.run(look(url, model))
 
 
 def engine_url(given: str) -> str:

@@ -7,29 +7,41 @@ import signal
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from polar_mitm.cli.exits import Terminated
+from polar_mitm.cli.exits import Interrupted
 
 T = TypeVar("T")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """`asyncio.run` on uvloop, where SIGTERM ends `main` as Ctrl-C does: by cancelling it.
+    """`asyncio.run` on uvloop. Ctrl-C and SIGTERM cancel `main`, which may then end in good order.
 
     Raises:
-        KeyboardInterrupt: either of the two came.
+        Interrupted: one of them came.
     """
     import uvloop
 
+    came: list[int] = []
+
     async def stoppable() -> T:
-        task = asyncio.current_task()
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+        def stop(number: int) -> None:
+            came.append(number)
+            task.cancel()
+
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, stop, number)
         return await main
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
         return uvloop.run(stoppable())
     except asyncio.CancelledError:
-        raise Terminated from None
+        if not came:
+            raise
+        raise Interrupted(came[0]) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

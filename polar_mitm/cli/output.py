@@ -76,9 +76,9 @@ def short(identifier: str) -> str:
     return identifier if _out().width >= _WIDE else identifier[-8:]
 
 
-def plural(number: int, name: str) -> str:
+def plural(number: int, name: str, names: str = "") -> str:
     """`1 call`, `2 calls`."""
-    return f"{number} {name}{'' if number == 1 else 's'}"
+    return f"{number} {name if number == 1 else names or f'{name}s'}"
 
 
 def printable(text: str) -> str:

@@ -197,7 +197,7 @@ def tell_outcome(outcome: Outcome, workspace: Path, json: bool) -> None:
 
 
 def _hint(store: Path) -> None:
-    """A store has one writer. The recorder will say so and go elsewhere; what to do about it is ours to say."""
+    """A store has one writer: the recorder will go elsewhere, and here is what to do instead."""
     from polar_mitm.store.share import find_live
 
     if live := find_live(store):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polar_mitm.cli.exits import NO, fail
-from polar_mitm.cli.output import JsonFlag, counted, print_json, print_table, say, short, tell
+from polar_mitm.cli.output import JsonFlag, counted, plural, print_json, print_table, say, short, tell
 from polar_mitm.cli.reading import RolloutOption, StoreOption, chosen, reading
 from polar_mitm.types import ModelCall, Rollout
 
@@ -55,10 +55,10 @@ def reconstruct(store: StoreOption, rollout: RolloutOption = None, json: JsonFla
         ]
         print_table("rollout,trajectories,calls,sampled,trained,masked,quarantined,reasons", rows)
         totals = account(r for _, _, r in reports)
+        num_built = plural(sum(n for _, n, _ in reports), "trajectory", "trajectories")
         tell(
-            f"{sum(n for _, n, _ in reports)} trajectories; {totals['sampled']} sampled "
-            f"{'=' if adds_up else '!='} {totals['trained']} trained + {totals['masked']} masked + "
-            f"{totals['quarantined']} quarantined"
+            f"{num_built}; {totals['sampled']} sampled {'=' if adds_up else '!='} "
+            f"{totals['trained']} trained + {totals['masked']} masked + {totals['quarantined']} quarantined"
         )
     if not adds_up:
         say("the account does not add up: some sampled token is lost, or counted twice", style="red")

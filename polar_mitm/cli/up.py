@@ -68,10 +68,10 @@ def _check(store: Path, door: Path, metrics_port: int | None) -> None:
         fail(f"--store takes a file, and {store} is a directory")
     if live := find_live(store.absolute()):
         fail(f"process {live.pid} records into {store} already: stop it first, or use another store")
-    if door.exists() and not door.is_socket():
-        fail(f"--control: {door} exists and is no socket")
     if len(str(door).encode()) > 107:  # unix(7), sun_path
         fail(f"--control: {door} is too long for a socket's address (107 bytes): give a shorter one")
+    if door.exists() and not door.is_socket():
+        fail(f"--control: {door} exists and is no socket")
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as runner:
         runner.connect(str(door))
         fail(f"--control: another interceptor serves {door}: stop it first, or use another socket")
