@@ -83,7 +83,10 @@ async def measure(
 
 async def _main(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     common = {"rounds": options.rounds, "body_bytes": options.body_bytes}
-    call = await measure(tokens=32, delay_s=0, calls=options.calls, clients=1, stream=False, **common)
+    quick = {"tokens": 32, "delay_s": 0, "stream": False}
+    alone = await measure(calls=options.calls, clients=1, **quick, **common)
+    many = options.clients
+    call = await measure(calls=max(5, options.calls // many), clients=many, **quick, **common)
     # The slope between a short and a long answer is the cost of a token alone.
     slow = {"delay_s": options.delay, "clients": 8, "calls": max(5, options.calls // 20), "stream": True}
     short = await measure(tokens=2, **slow, **common)
@@ -97,17 +100,20 @@ async def _main(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         "stock_cpu_us_per_event": round(stock, 1),
         "cpu_ratio": round(ours / stock, 3),
     }
-    return {"call": call, "token": token}
+    first = {
+        "ours_ms_later_than_direct": round(alone["ours_first_byte_ms"] - alone["direct_first_byte_ms"], 3),
+        "stock_ms_later_than_direct": round(alone["stock_first_byte_ms"] - alone["direct_first_byte_ms"], 3),
+    }
+    return {f"call, {many} clients": call, "call, 1 client": alone, "token": token, "first byte": first}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--calls", type=int, default=200, help="calls per round and side (default 200)")
+    parser.add_argument("--clients", type=int, default=16, help="calls in flight at once (default 16)")
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds (default 3)")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of the streamed answer (default 256)")
-    parser.add_argument(
-        "--delay", type=float, default=0.004, help="seconds between tokens (default 0.004)"
-    )
+    parser.add_argument("--delay", type=float, default=0.004, help="seconds between tokens (default 0.004)")
     parser.add_argument("--body-bytes", type=int, default=50_000, help="request size (default 50000)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()

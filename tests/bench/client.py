@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import ssl
 import time
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ def request_bytes(side: Side, body: bytes) -> bytes:
 
 def chat_body(num_bytes: int, *, provider: str) -> bytes:
     """A conversation of about `num_bytes` with a system prompt, tools and history, for either wire."""
-    words = ("the harness reads a file, runs the tests and reports what it found; " * 20)[:1000]
+    words = _prose(num_bytes)
     tools = [_tool(i, provider) for i in range(10)]
     messages = [{"role": "user", "content": "Fix the failing test."}]
     body = {"model": "scripted", "stream": True, "max_tokens": 4096, "tools": tools, "messages": messages}
@@ -39,10 +40,18 @@ def chat_body(num_bytes: int, *, provider: str) -> bytes:
         body |= {"logprobs": True, "return_token_ids": True, "stream_options": {"include_usage": True}}
     while (size := len(msgspec.json.encode(body))) < num_bytes:
         role = "assistant" if messages[-1]["role"] == "user" else "user"
-        messages.append({"role": role, "content": words[: max(1, num_bytes - size)]})
+        start = len(messages) * 1000
+        messages.append({"role": role, "content": words[start : start + max(1, min(1000, num_bytes - size))]})
     if messages[-1]["role"] != "user":
         messages.append({"role": "user", "content": "Go on."})
     return msgspec.json.encode(body)
+
+
+def _prose(num_chars: int) -> str:
+    """Text that compresses about as well as prompts do (four to one), always the same."""
+    draw = random.Random(0)
+    lexicon = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(800)]
+    return " ".join(draw.choices(lexicon, k=num_chars // 4))
 
 
 def _tool(number: int, provider: str) -> dict[str, object]:
