@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,9 +77,11 @@ async def run_rollout(job: Job, host: Host) -> Outcome:
     begun_at = time.monotonic()
     try:
         await sandbox.start(_spec(job, host), lambda sockets: host.open(rollout, sockets))
-        ending = ("interrupted", "the runner was interrupted")
         rollout.exit_code = await sandbox.wait()
         ending = _verdict(rollout.exit_code, sandbox.timed_out)
+    except asyncio.CancelledError:
+        ending = ("interrupted", "the runner was interrupted")
+        raise
     finally:
         await sandbox.stop()
         rollout.status, rollout.stop_reason = ending
