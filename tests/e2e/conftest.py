@@ -17,6 +17,9 @@ from typing import Any
 import pytest
 
 from polar_mitm import engine
+from polar_mitm.cache import default_cache
+from polar_mitm_sandbox import recipes
+from polar_mitm_sandbox.install import ensure_harness
 
 POLAR_MITM = Path(sysconfig.get_path("scripts")) / "polar-mitm"
 DEADLINE_S = 120
@@ -52,8 +55,8 @@ class Started:
     process: asyncio.subprocess.Process
     mark: str
 
-    async def ended(self) -> Ended:
-        async with asyncio.timeout(DEADLINE_S):
+    async def ended(self, deadline_s: float = DEADLINE_S) -> Ended:
+        async with asyncio.timeout(deadline_s):
             out, err = await self.process.communicate()
         assert self.process.returncode is not None
         return Ended(self.process.returncode, out.decode(), err.decode())
@@ -108,6 +111,13 @@ class Cli:
 
     async def __call__(self, *arguments: object) -> Ended:
         return await (await self.start(*arguments)).ended()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def harnesses() -> None:
+    """The real programs, at the recipes' versions; in the cache after `polar-mitm doctor --fix`."""
+    for name in ("claude-code", "codex"):
+        ensure_harness(recipes.load(name), default_cache(), lambda step: print(step, file=sys.stderr))
 
 
 @pytest.fixture

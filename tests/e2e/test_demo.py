@@ -16,7 +16,8 @@ pytestmark = pytest.mark.e2e
 @pytest.mark.timeout(1800)
 async def test_demo_with_a_real_engine(cli: Cli, vllm: engine.EngineState, tmp_path: Path) -> None:
     store = tmp_path / "demo.duckdb"
-    done = await cli("demo", "--json", "--store", store, "--engine", vllm.url)
+    demo = await cli.start("demo", "--json", "--store", store, "--engine", vllm.url)
+    done = await demo.ended(1500)
     assert done.code == 0, done.err
     told = done.json()
 
