@@ -72,6 +72,13 @@ class _Everywhere(AbstractResolver):
         pass
 
 
+def http_at(port: int, ca_pem: bytes) -> aiohttp.ClientSession:
+    """A client that finds the listener at `port` behind every name."""
+    connector = aiohttp.TCPConnector(resolver=_Everywhere(port), ssl=trusting(ca_pem), limit=0)
+    timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
+    return aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False)
+
+
 class Box:
     """One rollout and its listener."""
 
@@ -82,12 +89,8 @@ class Box:
         self.port = port
 
     def http(self) -> aiohttp.ClientSession:
-        """A client that finds the interceptor behind every name."""
-        connector = aiohttp.TCPConnector(
-            resolver=_Everywhere(self.port), ssl=trusting(self.interceptor.ca_pem), limit=0
-        )
-        timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
-        return aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False)
+        """A client in the box."""
+        return http_at(self.port, self.interceptor.ca_pem)
 
     async def connect(
         self, name: str | None = "api.anthropic.com", *, alpn: list[str] | None = None
@@ -137,17 +140,18 @@ class _Asyncio:
 
 
 @asynccontextmanager
-async def rig(engine_url: str, **settings: Any) -> AsyncIterator[Rig]:
+async def rig(engine_url: str, store: Recorder | None = None, **settings: Any) -> AsyncIterator[Rig]:
     """An interceptor in front of the engine at `engine_url`, which is not probed.
 
-    Whatever a test does, mitmproxy itself must never open a connection: the end of the block checks it.
+    It records into `store`, or into a `MemoryRecorder`. Whatever a test does, mitmproxy itself must never
+    open a connection: the end of the block checks it.
     """
     recorder = MemoryRecorder()
     info = EngineInfo(engine_url, "scripted", max_model_len=1 << 20, policy_version="scripted@1")
     config = Settings(**({"head_grace_s": 0.02} | settings))
     watched = _Asyncio()
     with mock.patch.object(server, "asyncio", watched), mock.patch.object(certs, "create_ca", _create_ca):
-        async with Interceptor(config, info, cast(Recorder, recorder)) as interceptor:
+        async with Interceptor(config, info, store or cast(Recorder, recorder)) as interceptor:
             yield Rig(interceptor, recorder)
     assert watched.dialled == []
 
