@@ -57,7 +57,7 @@ def _examine(call: ModelCall) -> Node | QuarantineReason:
     if not np.all((logprobs > _VLLM_LOGPROB_FLOOR) & (logprobs <= 0.0)):
         return "bad_logprob"
     try:
-        ids = np.array(call.prompt_token_ids + call.completion_token_ids, dtype=np.int32)
+        ids = np.array([*call.prompt_token_ids, *call.completion_token_ids], dtype=np.int32)
     except OverflowError:
         return "bad_token_id"
     if (ids < 0).any():
