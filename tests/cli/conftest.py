@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,20 @@ def finish(process: subprocess.Popen[str], timeout: float = 60) -> Result:
     return Result(process.returncode, out, err)
 
 
-@pytest.fixture(scope="session")
-def engine_url() -> Iterator[str]:
-    """A scripted engine in a process of its own, which makes any harness write `hello.txt`."""
+@contextmanager
+def scripted_engine() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A scripted engine in a process of its own, which makes any harness write `hello.txt`; and its URL."""
     command = [sys.executable, "-m", "tests.support.scripted_engine", "--content", "hi"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        yield process.stdout.readline().strip()
+        yield process, process.stdout.readline().strip()
         process.terminate()
+
+
+@pytest.fixture(scope="session")
+def engine_url() -> Iterator[str]:
+    with scripted_engine() as (_, url):
+        yield url
 
 
 def sampled(rollout_id: str, seq: int, num_prompt: int, num_sampled: int, **fields: Any) -> ModelCall:
