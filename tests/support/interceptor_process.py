@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+from polar_mitm.cli import loop
 from polar_mitm.config import Settings
 from polar_mitm.store import Recorder
 from polar_mitm.types import Rollout
@@ -36,4 +37,4 @@ async def main(store: Path, engine_url: str, num_rollouts: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
+    loop.run(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
