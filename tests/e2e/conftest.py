@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import sysconfig
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,19 +19,10 @@ from polar_mitm import engine
 from polar_mitm.cache import default_cache
 from polar_mitm_sandbox import recipes
 from polar_mitm_sandbox.install import ensure_harness
+from tests.support.record_fixtures import POLAR_MITM
 
-POLAR_MITM = Path(sysconfig.get_path("scripts")) / "polar-mitm"
 DEADLINE_S = 120
 """Against hangs; whatever is waited for takes a fraction of it."""
-
-PROMPT = "Create hello.txt containing hi with the shell tool, then say done."
-_CODEX = ["codex", "exec", "--dangerously-bypass-approvals-and-sandbox", "--skip-git-repo-check"]
-HARNESSES = {
-    "claude-code": ["claude", "--dangerously-skip-permissions", "-p", PROMPT],
-    "codex": [*_CODEX, "--model", "gpt-5", PROMPT],
-    # No model named: Codex then offers one JavaScript tool with a grammar, in a namespace.
-    "codex-lite": [*_CODEX, PROMPT],
-}
 
 
 @dataclass

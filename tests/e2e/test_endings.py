@@ -11,8 +11,9 @@ import pytest
 from polar_mitm.reconstruct import build
 from polar_mitm.store import open_reader
 from polar_mitm.types import ModelCall, Rollout
-from tests.e2e.conftest import HARNESSES, Cli, Ended, Started, until
+from tests.e2e.conftest import Cli, Ended, Started, until
 from tests.e2e.engines import HarnessEngine, droning
+from tests.support.record_fixtures import HARNESSES
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 CLAUDE = HARNESSES["claude-code"]
@@ -84,7 +85,7 @@ async def test_interrupted(number: int, cli: Cli, tmp_path: Path) -> None:
 async def test_timeout(cli: Cli, tmp_path: Path) -> None:
     store = tmp_path / "run.duckdb"
     async with HarnessEngine(droning) as engine:
-        run = await cli.run("--store", store, "--engine", engine.url, "--timeout", 8, command=CLAUDE)
+        run = await cli.run("--store", store, "--engine", engine.url, "--timeout", 12, command=CLAUDE)
         await begun(engine, run)
         done = await run.ended()
         await engine.asked[0].ended.wait()

@@ -8,9 +8,10 @@ import pytest
 
 from polar_mitm.cache import default_cache
 from polar_mitm.store import open_reader
-from tests.e2e.conftest import HARNESSES, Cli
+from tests.e2e.conftest import Cli
 from tests.e2e.engines import LAST_WORDS, HarnessEngine
 from tests.sandbox.users import User, kinds
+from tests.support.record_fixtures import HARNESSES
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 

@@ -9,8 +9,9 @@ import pytest
 
 from polar_mitm.reconstruct import build
 from polar_mitm.store import open_reader
-from tests.e2e.conftest import HARNESSES, Cli
+from tests.e2e.conftest import Cli
 from tests.e2e.engines import LAST_WORDS, HarnessEngine, text_of
+from tests.support.record_fixtures import HARNESSES
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
