@@ -50,8 +50,10 @@ class Packer:
         middle = body[head : len(body) - tail]
         if known == base.known:
             # No secret holds a quote, and the cuts are at quotes: none lies across a cut; the base has none.
-            middle = redact_body(middle, known)
-            body = base.body[:head] + middle + base.body[len(base.body) - tail :]
+            cleaned = redact_body(middle, known)
+            if cleaned is not middle:
+                middle = cleaned
+                body = body[:head] + middle + body[len(body) - tail :]
         with_base = base.body and len(middle) > _LONG_MIDDLE
         compressor = _with(base.body) if with_base else self._plain
         return body, _HEADER.pack(bool(with_base), head, tail) + compressor.compress(middle)

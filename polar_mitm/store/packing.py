@@ -24,7 +24,7 @@ class AlreadyRecorded(Exception):
 
 
 class CallPacker:
-    """Packs the calls of one store. `con` is a connection of its own, for what earlier processes stored."""
+    """Packs the calls of one store; `con` is for what earlier processes stored."""
 
     def __init__(self, con: duckdb.DuckDBPyConnection) -> None:
         self._con = con
@@ -85,7 +85,7 @@ class CallPacker:
         return row
 
     def undo(self, call_ids: Iterable[str]) -> None:
-        """These were not stored after all. What was packed since may stand on them: pack it again."""
+        """These were not stored after all, and nothing packed later may stand on them."""
         self._tips.clear()
         for call_id in call_ids:
             self._seen.pop(call_id, None)

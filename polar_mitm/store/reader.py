@@ -58,7 +58,7 @@ def open_reader(path: Path) -> StoreReader:
     Raises:
         StoreError: no such file, no store, newer than this program, or locked by one that does not share.
     """
-    reader = StoreReader(path.absolute())
+    reader = StoreReader(path.resolve())
     try:
         reader.connect()
     except BaseException:

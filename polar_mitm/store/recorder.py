@@ -1,10 +1,8 @@
-"""The only writer of a store: a bounded queue, one thread that packs, one that commits, group commit.
+"""The only writer of a store: a bounded queue, one thread, group commit.
 
 Callers hand over a record and get a future; they never wait for a disk and never see an exception. Whatever
 goes wrong, the harness keeps its answers: the future resolves False, the rollout is incomplete, and the
 operator hears of it once.
-
-While one batch is committed the next is packed, so neither the processor nor the disk waits for the other.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import duckdb
@@ -40,15 +38,6 @@ _FAILURES = (duckdb.Error, OSError, StoreError)
 _CONTENT_ERRORS = (duckdb.DataError, duckdb.ProgrammingError, ValueError, TypeError, OverflowError)
 
 
-class _Pending:
-    """A batch in the making, and who waits for it."""
-
-    def __init__(self) -> None:
-        self.batch = Batch()
-        self.items: list[Item] = []
-        self.size = 0
-
-
 class Recorder:
     """Writes one store.
 
@@ -69,7 +58,7 @@ class Recorder:
         on_alarm: Callable[[str], None] = _log.error,
         share: bool = True,
     ) -> None:
-        self.path = path.absolute()
+        self.path = path.resolve()
         """The store that records go to; the rescue store where there is one."""
         self.rescue_path: Path | None = None
         self._flush_interval_s = flush_interval_s
@@ -86,11 +75,6 @@ class Recorder:
         self._hold: Hold | None = None
         self._lost: Exception = StoreError(f"{path} is not open")
         self._retry_at = 0.0
-        # One batch is packed while another is committed.
-        self._packed = _Pending()
-        self._committing = _Pending()
-        self._outcome: Future[Exception | None] | None = None
-        self._begun_at = 0.0
         self._gave_up = False
 
     # --- for callers --------------------------------------------------------------------------------
@@ -153,45 +137,50 @@ class Recorder:
             self._fail([item], f"{self.path} cannot keep up, and records are dropped")
         return item.future
 
-    # --- the packing thread ---------------------------------------------------------------------------
+    # --- the writer's thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
-        with ThreadPoolExecutor(1, thread_name_prefix="polar-mitm-commit") as committer:
-            while not (self._inbox.drained and self._idle):
-                items = self._inbox.take(_MAX_COMMIT_BYTES - self._packed.size, self._patience())
-                try:
-                    items = self._settle() + items
-                    for item in items:
-                        self._begin_commit(committer)
-                        self._pack(item, self._packed)
-                    self._begin_commit(committer)
-                except Exception as error:  # a bug of ours must not leave callers waiting for ever
-                    self._fail(self._packed.items + items, f"recording failed: {error!r}")
-                    self._packed = _Pending()
-        if self._hold:
+        while not (self._inbox.drained and (self._gave_up or not self._unmarked)):
+            items = self._inbox.take(_MAX_COMMIT_BYTES, self._patience())
+            began = time.monotonic()
             try:
-                self._hold.writer.compact(force=True)
-            except _FAILURES as error:
-                self._alarm(f"{self.path} is left with its log: {_first_line(error)}")
+                self._store(items)
+            except Exception as error:  # a bug of ours must not leave callers waiting for ever
+                self._undo(items)
+                self._fail(items, f"recording failed: {error!r}")
+            if not self._inbox.closed:
+                time.sleep(max(0.0, began + self._flush_interval_s - time.monotonic()))
+        if self._hold:
+            self._compact(force=True)
             self._let_go()
 
-    @property
-    def _idle(self) -> bool:
-        return not (self._outcome or self._packed.items or (self._unmarked and not self._gave_up))
-
     def _patience(self) -> float | None:
-        """How long to wait for the next record when nothing else happens."""
-        if self._outcome:
-            return None  # the commit's end will be heard of
-        if self._packed.items:
-            return max(0.0, self._begun_at + self._flush_interval_s - time.monotonic())
+        """How long to wait for a record when nothing else happens."""
         if self._inbox.closed:
             return 0.0
         return _RETRY_S if self._unmarked else None
 
-    def _pack(self, item: Item, pending: _Pending) -> None:
-        """Add a record to a batch."""
-        record, batch = item.record, pending.batch
+    def _store(self, items: list[Item]) -> None:
+        """Commit what can be packed of `items`, with the marks that no commit has taken yet."""
+        batch = Batch()
+        packed = [item for item in items if self._pack(item, batch)]
+        batch.marks = dict(self._unmarked)
+        if not packed and not batch.marks:
+            return
+        try:
+            self._held().writer.commit(batch)
+        except (*_CONTENT_ERRORS, *_FAILURES) as error:
+            self._recover(packed, error)
+            return
+        for item in packed:
+            item.resolve(True)
+        for rollout_id in batch.marks:
+            self._unmarked.pop(rollout_id, None)
+        self._compact()
+
+    def _pack(self, item: Item, batch: Batch) -> bool:
+        """Add a record to a batch; False when it cannot be."""
+        record = item.record
         try:
             match record:
                 case ModelCall():
@@ -206,98 +195,47 @@ class Recorder:
         except AlreadyRecorded as error:
             self._alarm(str(error))
             item.resolve(False)
-            return
+            return False
         except _CONTENT_ERRORS as error:
             self._fail([item], f"a call could not be stored: {_first_line(error)}")
-            return
+            return False
         except _FAILURES as error:
             self._fail([item], f"cannot write to {self.path}: {_first_line(error)}")
-            return
+            return False
         if self._rescue_reason and not isinstance(record, EgressEvent):
             self._mark(record.rollout_id, self._rescue_reason)
-        pending.items.append(item)
-        pending.size += item.size
+        return True
 
-    def _begin_commit(self, committer: ThreadPoolExecutor) -> None:
-        """Commit what is packed, unless a commit runs or has only just begun."""
-        if self._outcome or not (self._packed.items or (self._unmarked and not self._gave_up)):
-            return
-        if time.monotonic() < self._begun_at + self._flush_interval_s and not self._inbox.closed:
-            return
-        self._begun_at = time.monotonic()
-        self._committing, self._packed = self._packed, _Pending()
-        try:
-            hold = self._held()
-        except _FAILURES as error:
-            self._recover(self._committing, error)
-            return
-        self._outcome = committer.submit(self._commit, hold, self._committing)
-        self._outcome.add_done_callback(lambda _: self._inbox.poke())
-
-    def _commit(self, hold: Hold, pending: _Pending) -> Exception | None:
-        """Store a batch and tell who waits for it; raises when nothing of it is stored.
-
-        Returns:
-            Why the checkpoint after it failed, if it did.
-        """
-        pending.batch.marks = dict(self._unmarked)
-        hold.writer.commit(pending.batch)
-        for item in pending.items:
-            item.resolve(True)
-        for rollout_id in pending.batch.marks:
-            self._unmarked.pop(rollout_id, None)
-        try:
-            hold.writer.compact()
-        except _FAILURES as error:
-            return error
-        return None
-
-    def _settle(self) -> list[Item]:
-        """See to the commit that has ended. Returns what has to be packed again because it failed."""
-        if not self._outcome or not self._outcome.done():
-            return []
-        error, outcome = self._outcome.exception(), self._outcome
-        self._outcome = None
-        if isinstance(error, Exception):
-            self._recover(self._committing, error)
-        elif warning := outcome.result():
-            self._alarm(f"cannot checkpoint {self.path}: {_first_line(warning)}")
-            self._let_go()
-        else:
-            return []
-        # It stands on what is not stored.
-        items, self._packed = self._packed.items, _Pending()
-        self._undo(items)
-        return items
-
-    def _recover(self, pending: _Pending, error: Exception) -> None:
+    def _recover(self, items: list[Item], error: Exception) -> None:
         """Deal with a batch that could not be committed."""
-        self._undo(pending.items)
+        self._undo(items)
         self._gave_up = self._inbox.closed
         if isinstance(error, FileVanished):
             for rollout_id in self._touched:
                 self._mark(rollout_id, str(error))
             self._let_go()
-            self._fail(pending.items, str(error))
-        elif isinstance(error, _CONTENT_ERRORS) and len(pending.items) > 1:
+            self._fail(items, str(error))
+        elif isinstance(error, _CONTENT_ERRORS) and len(items) > 1:
             # Some record in it is at fault: the others are not to suffer.
-            middle = len(pending.items) // 2
-            for half in (pending.items[:middle], pending.items[middle:]):
-                part = _Pending()
-                for item in half:
-                    self._pack(item, part)
-                try:
-                    self._commit(self._held(), part)
-                except (*_CONTENT_ERRORS, *_FAILURES) as again:
-                    self._recover(part, again)
+            middle = len(items) // 2
+            self._store(items[:middle])
+            self._store(items[middle:])
         else:
-            self._fail(pending.items, f"cannot write to {self.path}: {_first_line(error)}")
+            self._fail(items, f"cannot write to {self.path}: {_first_line(error)}")
             if self._hold and not self._hold.writer.usable():
                 self._let_go()
 
     def _undo(self, items: list[Item]) -> None:
         if self._hold:
             self._hold.writer.packer.undo(i.record.call_id for i in items if isinstance(i.record, ModelCall))
+
+    def _compact(self, *, force: bool = False) -> None:
+        try:
+            self._held().writer.compact(force=force)
+        except _FAILURES as error:
+            # Nothing is lost: the log has it, and whoever opens the file next reads the log.
+            self._alarm(f"cannot checkpoint {self.path}: {_first_line(error)}")
+            self._let_go()
 
     # --- the file -------------------------------------------------------------------------------------
 

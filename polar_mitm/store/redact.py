@@ -15,6 +15,9 @@ import hashlib
 import re
 from functools import lru_cache
 
+import numpy as np
+from numpy.typing import NDArray
+
 from polar_mitm.types import Wire
 
 _MIN_SECRET = 8
@@ -32,8 +35,12 @@ _SHAPES = re.compile(
     rb"|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*)"
     rb'|-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY-----[^"]*?(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY-----|(?=")|\Z)'
 )
-# How each shape begins: to look for these alone is twenty times faster, and they are rare.
+# How each shape begins; for long texts, byte pairs that tell every shape but GitHub's, and how far from its
+# beginning: these rule a text out in a quarter of the time.
 _BEGINNINGS = re.compile(rb"sk-|gh[pousr]_|github_pat_|A[KS]IA|AIza|xox|eyJ|-----BEGIN ")
+_PAIRS = {b"k-": 1, b"KI": 1, b"SI": 1, b"Iz": 1, b"xo": 0, b"yJ": 1, b"-B": 4}
+_CODES = [int.from_bytes(pair, "little") for pair in _PAIRS]
+_LONG = 4096
 
 
 def credentials(wire: Wire) -> tuple[bytes, ...]:
@@ -56,8 +63,8 @@ def credentials(wire: Wire) -> tuple[bytes, ...]:
 
 def redact_path(path: str, known: tuple[bytes, ...]) -> str:
     """A request target without credentials in its query."""
-    cleaned = redact_body(path.encode("utf-8", "replace"), known)
-    return _SECRET_QUERY.sub(lambda m: m[1] + b"=" + _mark(m[2]), cleaned).decode("utf-8", "replace")
+    data = _SECRET_QUERY.sub(lambda m: m[1] + b"=" + _mark(m[2]), _utf8(path))
+    return redact_body(data, known).decode("utf-8", "replace")
 
 
 def redact_headers(items: list[tuple[str, str]], known: tuple[bytes, ...]) -> list[tuple[str, str]]:
@@ -76,12 +83,29 @@ def redact_body(body: bytes, known: tuple[bytes, ...]) -> bytes:
             body = body.replace(secret, _mark(secret))
     out: list[bytes] = []
     done = 0
-    for beginning in _BEGINNINGS.finditer(body):
-        start = beginning.start()
+    for start in _suspects(body):
         if start >= done and (match := _SHAPES.match(body, start)):
             out += body[done:start], _mark(match[0])
             done = match.end()
     return b"".join([*out, body[done:]]) if out else body
+
+
+def _suspects(body: bytes) -> list[int]:
+    """Where something of a known shape may begin, in order."""
+    if len(body) < _LONG:
+        return [m.start() for m in _BEGINNINGS.finditer(body)]
+    starts = [m.start() for m in re.finditer(rb"gh[pousr]_", body)]
+    if b"github_pat_" in body:
+        starts += [m.start() for m in re.finditer(rb"github_pat_", body)]
+    for odd in (0, 1):
+        pairs = np.frombuffer(body[odd:], "<u2", max(0, len(body) - odd) // 2)
+        hit: NDArray[np.bool_] = pairs == _CODES[0]
+        for code in _CODES[1:]:
+            hit |= pairs == code
+        for index in np.flatnonzero(hit).tolist():
+            at = 2 * index + odd
+            starts.append(at - _PAIRS[body[at : at + 2]])
+    return sorted(start for start in starts if start >= 0)
 
 
 @lru_cache(maxsize=1024)

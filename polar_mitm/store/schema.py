@@ -12,13 +12,13 @@ import duckdb
 
 from polar_mitm.errors import StoreError
 
-# 32 KiB is the smallest block for which DuckDB bit-packs INTEGER. Checkpoints rewrite whole row groups, small
-# ones keep that short.
-_NEW_FILE = "BLOCK_SIZE 32768, ROW_GROUP_SIZE 8192, STORAGE_VERSION 'v1.5.0'"
+# Checkpoints rewrite whole row groups: small ones keep that short.
+_WRITABLE = "ROW_GROUP_SIZE 8192, STORAGE_VERSION 'v1.5.0'"
 _OPTIONS: dict[str, str | bool | int | float | list[str]] = {
     "autoinstall_known_extensions": False,  # nothing here may reach for the network
     "autoload_known_extensions": False,
     "checkpoint_threshold": "1TB",  # the recorder decides when
+    "default_block_size": 32768,  # the smallest for which DuckDB bit-packs INTEGER
     "memory_limit": "2GB",
 }
 _MIGRATIONS = Path(__file__).with_name("migrations")
@@ -66,7 +66,7 @@ def connect(path: Path, *, read_only: bool = False) -> duckdb.DuckDBPyConnection
         options["threads"] = 1  # commits are small: hand-overs between threads would cost more than they save
     con = duckdb.connect(config=options)
     try:
-        con.execute(f"ATTACH '{quoted}' AS store (TYPE duckdb, {'READ_ONLY' if read_only else _NEW_FILE})")
+        con.execute(f"ATTACH '{quoted}' AS store (TYPE duckdb, {'READ_ONLY' if read_only else _WRITABLE})")
         con.execute("USE store")
     except duckdb.Error as error:
         con.close()

@@ -14,7 +14,7 @@ from polar_mitm.store import rows, schema
 from polar_mitm.store.packing import CallPacker
 from polar_mitm.types import EgressEvent, Reward, Rollout
 
-_MAX_WAL_BYTES = 64 << 20
+_MAX_WAL_BYTES = 16 << 20  # a longer log is a longer pause when it is compacted
 
 _SOURCES = {
     "new_rollouts": rows.ROLLOUT,
@@ -34,6 +34,8 @@ _MARK = _MERGE.format(update="")
 _INSERT_CALLS = """
     INSERT INTO call_log SELECT * REPLACE (behaviour_logprobs::VARCHAR AS behaviour_logprobs) FROM new_calls
 """
+_INSERT_REWARDS = "INSERT INTO rewards FROM new_rewards"
+_INSERT_EGRESS = "INSERT INTO egress FROM new_egress"
 _MOVE_CALLS = """
     INSERT INTO call_rows SELECT * REPLACE (
         prompt_suffix::INTEGER[] AS prompt_suffix,
@@ -59,7 +61,7 @@ class Batch:
 
 
 class StoreWriter:
-    """An open store, migrated to the newest schema. One thread commits; another may use `packer` meanwhile.
+    """An open store, migrated to the newest schema. For one thread at a time.
 
     Raises:
         StoreLocked, NotAStore, StoreError: from the constructor, when the file cannot be had for writing.
@@ -73,9 +75,7 @@ class StoreWriter:
             self._sources = {name: rows.Source(columns) for name, columns in _SOURCES.items()}
             for name, source in self._sources.items():
                 self.con.register(name, source)
-            reading = self.con.cursor()
-            reading.execute("USE store")
-            self.packer = CallPacker(reading)
+            self.packer = CallPacker(self.con)
         except (StoreError, duckdb.Error):
             self.con.close()
             raise
@@ -96,16 +96,22 @@ class StoreWriter:
             for rollout_id, why in batch.marks.items()
             if rollout_id not in rollouts
         ]
+        steps = [
+            (_UPSERT, "new_rollouts", list(rollouts.values())),
+            (_MARK, "new_rollouts", marks),
+            (_INSERT_CALLS, "new_calls", batch.calls),
+            (_INSERT_REWARDS, "new_rewards", [rows.plain_row(r, rows.REWARD) for r in batch.rewards]),
+            (_INSERT_EGRESS, "new_egress", [rows.plain_row(e, rows.EGRESS) for e in batch.egress]),
+        ]
+        steps = [step for step in steps if step[2]]
         try:
-            self.con.execute("BEGIN")
-            self._put("new_rollouts", _UPSERT, list(rollouts.values()))
-            self._put("new_rollouts", _MARK, marks)
-            self._put("new_calls", _INSERT_CALLS, batch.calls)
-            rewards = [rows.plain_row(r, rows.REWARD) for r in batch.rewards]
-            self._put("new_rewards", "INSERT INTO rewards FROM new_rewards", rewards)
-            egress = [rows.plain_row(e, rows.EGRESS) for e in batch.egress]
-            self._put("new_egress", "INSERT INTO egress FROM new_egress", egress)
-            self.con.execute("COMMIT")
+            if len(steps) > 1:  # a single statement is a transaction
+                self.con.execute("BEGIN")
+            for sql, source, values in steps:
+                self._sources[source].fill(values)
+                self.con.execute(sql)
+            if len(steps) > 1:
+                self.con.execute("COMMIT")
         except BaseException:
             with suppress(duckdb.Error):  # a failed COMMIT has ended the transaction already
                 self.con.execute("ROLLBACK")
@@ -140,8 +146,3 @@ class StoreWriter:
         """Close without a word; what was committed stays."""
         with suppress(duckdb.Error):
             self.con.close()
-
-    def _put(self, source: str, sql: str, values: list[rows.Row]) -> None:
-        if values:
-            self._sources[source].fill(values)
-            self.con.execute(sql)

@@ -4,9 +4,10 @@
 
 Ingest: sessions of 20 turns that begin with 1,000 tokens, 50 KB of raw bytes per call (a request that repeats
 the history, its translation for the engine, a stream). `--in-flight` calls wait at any time. Time runs until
-the last is durable and the store is closed. The baseline inserts the very same final rows, ready as an Arrow
-table, in the very same batches, into a file with the same schema and options, and checkpoints. Rounds
-alternate; the figure is the ratio of the medians.
+the last is durable and the store is closed. `raw` inserts the very same final rows, ready as an Arrow table,
+in the very same batches, into the same table, and checkpoints: DuckDB alone, on rows that redaction,
+compression and chaining have made small. `as_received` inserts what the recorder was given: whole prompts and
+bodies. Rounds alternate; a ratio is one of medians.
 
 Size: sessions of 50 turns without wire (18,000 tokens first, then 200 to 1,600 new ones and 40 to 300 sampled
 ones per turn), the file measured after it is closed, per new token, everything included.
@@ -35,6 +36,14 @@ from polar_mitm.types import ModelCall, Usage, Wire
 
 VOCABULARY = 151_936  # Qwen's
 TURNS = 20
+SAME_TABLE = "ALTER TABLE call_rows RENAME TO raw"
+BULK_TABLE = """
+    CREATE TABLE raw (
+        call_id VARCHAR, rollout_id VARCHAR, prompt INTEGER[], completion INTEGER[], logprobs FLOAT[],
+        request BLOB USING COMPRESSION uncompressed, upstream BLOB USING COMPRESSION uncompressed,
+        response BLOB USING COMPRESSION uncompressed
+    )
+"""
 HEADERS = [(f"x-header-{i}", f"some value, {i}, as headers have") for i in range(12)]
 
 
@@ -137,7 +146,7 @@ def _text(chance: random.Random, words: list[str], num_bytes: int) -> str:
 
 def record(path: Path, calls: list[ModelCall], in_flight: int) -> tuple[float, list[int], list[float]]:
     """Seconds until the last call is durable and the store is closed, calls per commit, latencies."""
-    recorder = Recorder(path, on_alarm=sys.exit, share=False)
+    recorder = Recorder(path, flush_interval_s=0, on_alarm=sys.exit, share=False)
     recorder.open()
     assert recorder._hold is not None
     batches: list[int] = []
@@ -170,15 +179,33 @@ def final_rows(path: Path) -> pa.Table:
         return con.execute("FROM call_rows ORDER BY rowid").to_arrow_table().combine_chunks()
 
 
-def insert_raw(path: Path, table: pa.Table, batches: list[int]) -> float:
-    """Seconds for DuckDB alone: the same rows, the same batches."""
+def rows_as_received(calls: list[ModelCall]) -> pa.Table:
+    """The calls' bulk as it came: whole prompts, whole bodies."""
+    int_lists, real_lists = pa.list_(pa.int32()), pa.list_(pa.float32())
+    return pa.table(
+        {
+            "call_id": [c.call_id for c in calls],
+            "rollout_id": [c.rollout_id for c in calls],
+            "prompt": pa.array([c.prompt_token_ids for c in calls], int_lists),
+            "completion": pa.array([c.completion_token_ids for c in calls], int_lists),
+            "logprobs": pa.array([c.behaviour_logprobs for c in calls], real_lists),
+            "request": pa.array([c.wire.request_body for c in calls], pa.large_binary()),
+            "upstream": pa.array([c.upstream_body for c in calls], pa.large_binary()),
+            "response": pa.array([c.wire.response_body for c in calls], pa.large_binary()),
+        }
+    )
+
+
+def insert_raw(path: Path, create: str, table: pa.Table, batches: list[int]) -> float:
+    """Seconds for DuckDB alone: `table` in `batches` into the table `raw` of `create`, and a checkpoint."""
     con = schema.connect(path)
     schema.migrate(con)
+    con.execute(create)
     began = time.perf_counter()
     at = 0
     for n in batches:
         con.register("batch", table.slice(at, n))
-        con.execute("INSERT INTO call_rows FROM batch")
+        con.execute("INSERT INTO raw FROM batch")
         con.unregister("batch")
         at += n
     con.execute("CHECKPOINT store")
@@ -188,13 +215,15 @@ def insert_raw(path: Path, table: pa.Table, batches: list[int]) -> float:
 
 def ingest(folder: Path, num_calls: int, in_flight: int, rounds: int) -> dict[str, float]:
     calls = ingest_calls(num_calls)
-    ours, raw, latencies = [], [], []
+    received = rows_as_received(calls)
+    ours, raw, as_received, latencies = [], [], [], []
     for i in range(rounds):
         path = folder / f"ours{i}.duckdb"
         seconds, batches, waited = record(path, calls, in_flight)
         ours.append(seconds)
         latencies += waited
-        raw.append(insert_raw(folder / f"raw{i}.duckdb", final_rows(path), batches))
+        raw.append(insert_raw(folder / f"raw{i}.duckdb", SAME_TABLE, final_rows(path), batches))
+        as_received.append(insert_raw(folder / f"received{i}.duckdb", BULK_TABLE, received, batches))
     wire = sum(len(c.wire.request_body) + len(c.wire.response_body) + len(c.upstream_body) for c in calls)
     return {
         "calls": num_calls,
@@ -202,6 +231,8 @@ def ingest(folder: Path, num_calls: int, in_flight: int, rounds: int) -> dict[st
         "recorder_calls_per_s": round(num_calls / statistics.median(ours)),
         "raw_calls_per_s": round(num_calls / statistics.median(raw)),
         "ratio": round(statistics.median(raw) / statistics.median(ours), 3),
+        "as_received_calls_per_s": round(num_calls / statistics.median(as_received)),
+        "ratio_to_as_received": round(statistics.median(as_received) / statistics.median(ours), 3),
         "latency_ms_p50": round(1e3 * float(np.median(latencies)), 1),
         "latency_ms_p99": round(1e3 * float(np.quantile(latencies, 0.99)), 1),
         "wire_bytes_per_call": round(wire / num_calls),

@@ -46,7 +46,8 @@ def test_kill_9(tmp_path: Path, wal_bytes: int) -> None:
         promised.append(process.stdout.readline().split()[0])
         time.sleep(chance.uniform(0, 0.7))
         process.kill()
-        rest, _ = process.communicate()
+        rest = process.stdout.read()
+        process.wait()
         lines = [line.split() for line in rest.splitlines() if line.endswith("True")]
         assert "False" not in rest
         promised += [name for name, _ in lines]
