@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -40,7 +40,9 @@ class Settings(BaseSettings):
     keepalive_s: float = 10.0
     retry_after_s: int = 5
 
-    hosts: dict[str, str] = Field(default_factory=dict, description="more provider hosts: name -> provider")
+    hosts: dict[Annotated[str, StringConstraints(to_lower=True)], Literal["anthropic", "openai"]] = Field(
+        default_factory=dict, description="more provider hosts: name -> provider"
+    )
     flush_interval_s: float = 0.02
 
     @classmethod

@@ -17,7 +17,7 @@ import zlib
 import msgspec
 
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-_MINTED = re.compile(r"^(?:msg|resp|toolu|call|rs|fc|ctc|req)_([0-9A-HJKMNP-TV-Z]{26})(?:_(\d+))?$")
+_MINTED = re.compile(r"(?:msg|resp|toolu|call|rs|fc|ctc|cmp|req)_([0-9A-HJKMNP-TV-Z]{26})(?:_[0-9]+)?")
 
 
 def new_id() -> str:
@@ -33,7 +33,7 @@ def minted(prefix: str, call_id: str, index: int | None = None) -> str:
 
 def call_id_of(wire_id: str) -> str | None:
     """The call id inside an id that we minted; None for anybody else's."""
-    match = _MINTED.match(wire_id)
+    match = _MINTED.fullmatch(wire_id)
     return match.group(1) if match else None
 
 
