@@ -78,7 +78,7 @@ class Started:
 class Cli:
     """Starts the installed command, as a user would; `become` is a prefix that makes it another user's."""
 
-    env: dict[str, str] = field(default_factory=lambda: {**os.environ, "TERM": "dumb"})
+    env: dict[str, str]
     become: Sequence[str] = ()
     started: list[Started] = field(default_factory=list)
 
@@ -111,9 +111,9 @@ def harnesses() -> None:
 
 
 @pytest.fixture
-async def cli() -> AsyncIterator[Cli]:
+async def cli(tmp_path: Path) -> AsyncIterator[Cli]:
     """What is still running when the test ends is killed; sandboxes die with their runner."""
-    cli = Cli()
+    cli = Cli({**os.environ, "TERM": "dumb", "TMPDIR": str(tmp_path)})
     yield cli
     for each in cli.started:
         if each.process.returncode is None:
