@@ -11,8 +11,8 @@ import pytest
 
 from tests.support import byte_tokens
 from tests.support.engine_bytes import events
-from tests.support.held_engine import HeldEngine
-from tests.support.rig import MESSAGES, RESPONSES, Box, post, read_until, rig, says
+from tests.support.held_engine import DEADLINE_S, HeldEngine
+from tests.support.rig import MESSAGES, RESPONSES, Box, listen, post, read_until, rig, says, settled
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.scripts import Answer
 
@@ -121,3 +121,29 @@ async def test_two_open_rollouts_cannot_have_one_id() -> None:
         assert len(r.recorder.rollouts) == 1
         await box.close()
         await (await r.box("same")).close()
+
+
+@pytest.mark.parametrize("stage", ["connected", "handshaken", "asking"])
+async def test_what_is_on_its_way_when_the_rollout_ends_comes_too_late(stage: str) -> None:
+    async with HeldEngine() as engine, rig(engine.url) as r:
+        box = await r.box()
+        reader, writer = await box.connect(None if stage == "connected" else "api.anthropic.com")
+        await settled()
+        request = b"POST /v1/messages HTTP/1.1\r\nhost: api.anthropic.com\r\ncontent-length: 2\r\n\r\n"
+        if stage == "asking":
+            writer.write(request)
+            await settled()
+        box.session.closed = True  # the first that `close_rollout` does, before it closes anything
+        writer.write(b"{}" if stage == "asking" else request + b"{}")
+        status = await asyncio.wait_for(reader.readline(), DEADLINE_S)
+        assert status.split(b" ")[1] in (b"403", b"502")
+        writer.close()
+        assert engine.connections == [] and r.recorder.calls == [] == r.recorder.events
+
+
+async def test_a_session_is_served_once() -> None:
+    async with rig("http://127.0.0.1:9") as r:
+        box = await r.box()
+        sock, _ = listen()
+        with sock, pytest.raises(ValueError, match="being served already"):
+            await r.interceptor.serve(box.session, [sock])
