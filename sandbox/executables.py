@@ -39,13 +39,20 @@ def resolve(command: str, search_path: str) -> Executable:
     """
     if command.startswith(("./", "../")) or Path(command).is_relative_to(WORKSPACE):
         return Executable(command, [], [])
-    found = shutil.which(command, path=search_path)
-    if found is None:
+    program = _which(command, search_path)
+    if program is None:
         raise SetupError(f"no program called {command!r} on this machine: install it, or give its whole path")
-    program = Path(found).absolute()
     foreign = [each for each in _involved(program, search_path) if not is_system(each)]
     shown = dict.fromkeys(path for each in foreign for path in _install(each))
     return Executable(str(program), list(shown), list(dict.fromkeys(str(each.parent) for each in foreign)))
+
+
+def _which(command: str, search_path: str) -> Path | None:
+    """The program that a shell would run. Shims of version managers (pyenv, asdf) are left out: they need all of
+    their manager, and what they would start is on the path behind them or can be named by its whole path."""
+    real = ":".join(each for each in search_path.split(":") if Path(each).name != "shims")
+    found = shutil.which(command, path=real)
+    return Path(found).absolute() if found else None
 
 
 def _involved(program: Path, search_path: str) -> list[Path]:
@@ -84,8 +91,7 @@ def _interpreter(script: Path, search_path: str) -> Path | None:
     words = first[2:].decode("utf-8", "replace").split()
     if words and Path(words[0]).name == "env":
         names = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
-        found = shutil.which(names[0], path=search_path) if names else None
-        return Path(found).absolute() if found else None
+        return _which(names[0], search_path) if names else None
     return Path(words[0]) if words and Path(words[0]).exists() else None
 
 
