@@ -48,8 +48,8 @@ def resolve(command: str, search_path: str) -> Executable:
 
 
 def _which(command: str, search_path: str) -> Path | None:
-    """The program that a shell would run. Shims of version managers (pyenv, asdf) are left out: they need all of
-    their manager, and what they would start is on the path behind them or can be named by its whole path."""
+    """The program that a shell would run. Shims of version managers (pyenv, asdf) are left out: they need all
+    of their manager, and what they would start is on the path behind them or has a path of its own."""
     real = ":".join(each for each in search_path.split(":") if Path(each).name != "shims")
     found = shutil.which(command, path=real)
     return Path(found).absolute() if found else None
