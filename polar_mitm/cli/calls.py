@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -36,10 +36,15 @@ def calls(store: StoreOption, rollout: RolloutOption = None, json: JsonFlag = Fa
         briefs = [brief(c, *counts[c.call_id]) for c in found]
         print_json({"rollouts": rollouts, "calls": briefs, "egress": events})
         return
+    calls_of, events_of = defaultdict(list), defaultdict(list)
+    for call in found:
+        calls_of[call.rollout_id].append(call)
+    for event in events:
+        events_of[event.rollout_id].append(event)
     for each in rollouts:
         tell_rollout(each)
-        tell_calls([c for c in found if c.rollout_id == each.rollout_id], counts)
-        tell_refused(e for e in events if e.rollout_id == each.rollout_id)
+        tell_calls(calls_of[each.rollout_id], counts)
+        tell_refused(events_of[each.rollout_id])
         tell()
     tell(f"{plural(len(found), 'call')} in {plural(len(rollouts), 'rollout')}")
 

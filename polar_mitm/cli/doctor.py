@@ -160,7 +160,7 @@ def _machine(cache: Path) -> list[Check]:
     size = f"the managed engine wants {_MIN_MEMORY_GB:g} GB; --engine URL takes one that runs elsewhere"
     return [
         Check(
-            "cache", os.access(place, os.W_OK), str(cache), "POLAR_MITM_CACHE names one that you may write"
+            "cache", os.access(place, os.W_OK), str(cache), "POLAR_MITM_CACHE names another", required=False
         ),
         Check("disk", free >= _MIN_FREE_GB, f"{free:.1f} GB free", room, required=False),
         Check("memory", memory >= _MIN_MEMORY_GB, f"{memory:.1f} GB", size, required=False),

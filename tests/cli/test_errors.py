@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from tests.cli.conftest import Polar
+from polar_mitm.cli import main
+from tests.cli.conftest import Polar, launch
 
 HELD = "import duckdb, sys; con = duckdb.connect(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
 
@@ -182,3 +184,25 @@ def test_no_engine_at_all(polar: Polar, tmp_path: Path, monkeypatch: pytest.Monk
     assert (told.code, told.json) == (1, {"running": False, "answers": False, "engine": None})
     told = polar("engine", "down", "--json")
     assert (told.code, told.json) == (0, {"stopped": False, "engine": None})
+
+
+def test_a_bug_of_ours_is_told_as_one(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("what was that")
+
+    monkeypatch.setattr("polar_mitm.cli.calls.chosen", broken)
+    with pytest.raises(SystemExit) as end:
+        main(["calls", "--store", str(store), "--json"])
+    out, err = capfd.readouterr()
+    assert end.value.code == 70
+    assert json.loads(out)["kind"] == "bug" and "what was that" in json.loads(out)["error"]
+    assert "Traceback" in err and "in broken" in err
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(store: Path) -> None:
+    with launch("calls", "--store", store) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None and process.stderr.read().count("\n") <= 1  # its own remark at most
