@@ -22,7 +22,6 @@ class Item:
         if isinstance(record, ModelCall):
             wire = record.wire
             self.size = len(wire.request_body) + len(wire.response_body) + len(record.upstream_body)
-            self.size += 8 * len(record.prompt_token_ids)
         self.future: Future[bool] = Future()
         # A caller who stops waiting does not unmake the record.
         self.future.set_running_or_notify_cancel()

@@ -139,13 +139,15 @@ class StoreReader:
             StoreError: several calls begin or end so.
         """
         text = rows.quote(call_id)
-        found = self._calls(f" WHERE starts_with(call_id, {text}) OR ends_with(call_id, {text}) LIMIT 20")
-        exact = [c for c in found if c.call_id == call_id]
+        found = self._calls(
+            f" WHERE starts_with(call_id, {text}) OR ends_with(call_id, {text})"
+            f" ORDER BY call_id <> {text}, call_id LIMIT 6"
+        )
         if not found:
             return None
-        if len(found) > 1 and not exact:
-            raise StoreError(f"{call_id!r} may be {', '.join(c.call_id for c in found[:5])}")
-        chosen = (exact or found)[:1]
+        if len(found) > 1 and found[0].call_id != call_id:
+            raise StoreError(f"{call_id!r} may be {', '.join(c.call_id for c in found)}")
+        chosen = found[:1]
         self._add_tokens(chosen, chosen[0].rollout_id)
         chain = (
             "WITH RECURSIVE chain AS ("

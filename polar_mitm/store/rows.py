@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from polar_mitm.store.chains import Link
-from polar_mitm.store.redact import redact_headers, redact_path
+from polar_mitm.store.redact import redact_body, redact_headers, redact_path
 from polar_mitm.types import EgressEvent, ModelCall, Reward, Rollout, Sampling, Usage, Wire
 
 Columns = Mapping[str, pa.DataType]
@@ -116,7 +116,8 @@ def wire_row(
 def rollout_row(r: Rollout, incomplete: str | None) -> Row:
     """The row of a rollout, with the recorder's own word on its holes where it has one."""
     row = {name: getattr(r, name) for name in ROLLOUT}
-    row |= {"command": _as_json(r.command), "incomplete": r.incomplete or incomplete}
+    command = redact_body(_as_json(r.command).encode(), ()).decode()
+    row |= {"command": command, "incomplete": r.incomplete or incomplete}
     return tuple(_text(v) if isinstance(v, str) else v for v in row.values())
 
 

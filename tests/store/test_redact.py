@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from polar_mitm.store import Recorder, open_reader
 from polar_mitm.store.bodies import NO_BASE, Base, Packer, cut, unpack
 from polar_mitm.store.redact import credentials, redact_body, redact_headers, redact_path
-from polar_mitm.types import Wire
+from polar_mitm.types import Rollout, Wire
 from tests.store.calls import call
 
 PEM = "-----BEGIN RSA PRIVATE KEY-----\\nMIIEow" + "IBAAKC" * 20 + "\\n-----END RSA PRIVATE KEY-----"
@@ -125,10 +125,12 @@ def test_no_secret_of_an_exchange_is_in_the_file(tmp_path: Path) -> None:
         c.upstream_body = f'{{"prompt": "{SHAPES[10]} {key} {i}"}}'.encode()
         made.append(c)
     with Recorder(path) as recorder:
+        assert recorder.rollout(Rollout("r1", command=["env", f"KEY={SHAPES[7]}", "claude"])).result()
         assert all([f.result() for f in [recorder.call(c) for c in made]])
     with open_reader(path) as reader:
         calls = reader.calls(wire=True)
         found = repr(calls)
+        assert reader.rollouts()[0].command == ["env", f"KEY={mark(SHAPES[7])}", "claude"]
     assert f"key={mark(SHAPES[0])}&who={mark(key)}" in calls[0].wire.path
     assert found.count("<redacted:") == 4 * 12
     for secret in (key, *SHAPES, "cookie-value-of-a-session"):
