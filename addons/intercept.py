@@ -222,7 +222,7 @@ class _Call:
 
     async def _release(self, headers: dict[str, str], first: bytes) -> None:
         """Let mitmproxy send the head and the first bytes, and wait until it has."""
-        chunked = not self._flow.request.is_http2
+        chunked = self._flow.request.http_version == "HTTP/1.1"
         begun = self._begun
         self._flow.metadata[ANSWER] = Answer(first, lambda: begun.done() or begun.set_result(None))
         self._head.set_result(stream_head(headers, chunked=chunked))
@@ -248,7 +248,8 @@ class _Call:
         """The task is over: whoever waits for a head waits no longer."""
         self._silence.cancel()
         if not self._head.done():
-            self._head.set_exception(task.exception() or RuntimeError("the call was interrupted"))
+            error = None if task.cancelled() else task.exception()
+            self._head.set_exception(error or RuntimeError("the call was interrupted"))
 
     async def _record(self, *, delivered: bool) -> None:
         """Make the call durable. Whatever goes wrong here, the harness gets its answer."""

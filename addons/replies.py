@@ -12,7 +12,7 @@ def to_response(reply: Reply) -> http.Response:
 
 
 def stream_head(headers: dict[str, str], *, chunked: bool) -> http.Response:
-    """The head of a streamed 200. HTTP/1.1 needs chunks, HTTP/2 must not have them."""
+    """The head of a streamed 200. Only HTTP/1.1 has chunks; HTTP/1.0 ends with the connection."""
     response = http.Response.make(200, b"", headers)
     response.headers.pop("content-length", None)
     if chunked:

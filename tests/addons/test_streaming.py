@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
 
 from tests.support.engine_bytes import PROMPT_IDS, events, sampled
-from tests.support.held_engine import HeldEngine
-from tests.support.rig import MESSAGES, RESPONSES, next_event, post, read_until, rig, says
+from tests.support.held_engine import DEADLINE_S, HeldEngine
+from tests.support.rig import MESSAGES, RESPONSES, ask, next_event, post, read_until, rig, says
 from tests.support.scripts import Answer
 
 both = pytest.mark.parametrize("url", [MESSAGES, RESPONSES], ids=["anthropic", "openai"])
@@ -93,3 +94,18 @@ async def test_one_connection_serves_several_calls(url: str) -> None:
             assert len(http.connector._conns) == 1 and len(engine.connections) == 1
         assert [call.seq for call in r.recorder.calls] == [0, 1, 2]
         assert {call.status for call in r.recorder.calls} == {"ok"}
+
+
+async def test_an_http_1_0_client_reads_to_the_end_of_the_connection() -> None:
+    async with HeldEngine() as engine, rig(engine.url) as r:
+        box = await r.box()
+        reader, writer = await box.connect()
+        body = json.dumps(ask(MESSAGES)).encode()
+        head = f"POST /v1/messages HTTP/1.0\r\nhost: api.anthropic.com\r\ncontent-length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        (await engine.next()).finish(*events(ANSWER))
+        answer = await asyncio.wait_for(reader.read(), DEADLINE_S)
+        writer.close()
+        head, _, stream = answer.decode().partition("\r\n\r\n")
+        assert " 200 " in head and "chunked" not in head
+        assert stream == r.recorder.calls[0].wire.response_body.decode()
