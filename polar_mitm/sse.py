@@ -16,7 +16,11 @@ class Event(NamedTuple):
 
 
 class EventTooLarge(ValueError):
-    """A single event grew past the decoder's limit."""
+    """A single event grew past the decoder's limit. `events` came before it in the same chunk."""
+
+    def __init__(self, limit: int, events: list[Event]) -> None:
+        super().__init__(f"an event is longer than {limit} bytes")
+        self.events = events
 
 
 class SSEDecoder:
@@ -34,7 +38,7 @@ class SSEDecoder:
         """Decode a chunk.
 
         Raises:
-            EventTooLarge: an unfinished event holds more than `max_event_bytes`.
+            EventTooLarge: an event, finished or not, holds more than `max_event_bytes`.
         """
         if not data:
             return []
@@ -51,13 +55,15 @@ class SSEDecoder:
         events: list[Event] = []
         start = 0
         while (end := self._buffer.find(b"\n\n", max(start, scan_from))) >= 0:
+            if end - start > self._max:
+                raise EventTooLarge(self._max, events)
             if event := _parse(bytes(self._buffer[start : end + 1])):
                 events.append(event)
             start = end + 2
         if start:
             del self._buffer[:start]
-        if len(self._buffer) > self._max:
-            raise EventTooLarge(f"an event is longer than {self._max} bytes")
+        if len(self._buffer) - self._buffer.endswith(b"\n") > self._max:
+            raise EventTooLarge(self._max, events)
         return events
 
 

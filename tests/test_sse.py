@@ -60,3 +60,25 @@ def test_an_endless_event_is_bounded() -> None:
     with pytest.raises(EventTooLarge):
         for _ in range(20):
             decoder.feed(b"data: 0123456789\n"[:11])
+
+
+@given(
+    st.lists(st.integers(0, 30).map(lambda n: b"data: " + b"x" * n + b"\n\n")),
+    st.lists(st.integers(0, 400)),
+)
+def test_any_split_gives_the_same_events_before_one_too_large(pieces: list[bytes], cuts: list[int]) -> None:
+    wire = b"".join(pieces)
+    points = sorted({min(c, len(wire)) for c in cuts})
+    chunks = [wire[a:b] for a, b in zip([0, *points], [*points, len(wire)], strict=True)]
+
+    def outcome(chunks: list[bytes]) -> tuple[list[Event], bool]:
+        decoder, events = SSEDecoder(max_event_bytes=26), []
+        try:
+            for chunk in chunks:
+                events += decoder.feed(chunk)
+        except EventTooLarge as error:
+            return events + error.events, True
+        return events, False
+
+    good = next((n for n, piece in enumerate(pieces) if len(piece) - 2 > 26), len(pieces))
+    assert outcome(chunks) == outcome([wire]) == (decode(*pieces[:good]), good < len(pieces))

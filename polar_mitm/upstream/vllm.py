@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct, field
 
 from polar_mitm.errors import PolarError
-from polar_mitm.sse import SSEDecoder
+from polar_mitm.sse import EventTooLarge, SSEDecoder
 from polar_mitm.token_ids import TokenIds
 from polar_mitm.types import (
     ChatRequest,
@@ -206,14 +206,17 @@ class ChatStream:
         Raises:
             PolarError: kind `upstream`, for an error event or bytes that are no such stream.
         """
+        if self.done:
+            return
+        too_large: EventTooLarge | None = None
         try:
             events = self._sse.feed(data)
-        except ValueError as error:
-            raise PolarError("upstream", f"engine stream: {error}") from error
+        except EventTooLarge as error:
+            events, too_large = error.events, error
         for event in events:
             if event.data == b"[DONE]":
                 self.done = True
-                continue
+                return
             try:
                 chunk = _decode_chunk(event.data)
             except msgspec.MsgspecError as error:
@@ -227,6 +230,8 @@ class ChatStream:
                 raise PolarError("upstream", f"engine stream: {error}") from error
             if chunk.choices or ids is not None or chunk.usage:
                 yield _delta(chunk, ids)
+        if too_large is not None:
+            raise PolarError("upstream", f"engine stream: {too_large}") from too_large
 
 
 def _prompt_ids(raw: msgspec.Raw) -> TokenIds | None:

@@ -150,6 +150,13 @@ def test_a_broken_stream_is_an_upstream_error_after_what_came_before(wire: bytes
     assert got == ["kept"]
 
 
+def test_what_comes_after_done_is_not_read() -> None:
+    late = choice(delta={"content": "late"})
+    *body, done = events(Answer(text="hi"))
+    for chunks in ([*body, done, late], [*body, done + late], [*body, done + b"data: {nonsense\n\n"]):
+        assert read(*chunks) == read(*body)
+
+
 @given(st.binary(max_size=200))
 def test_any_bytes_give_deltas_or_our_error(data: bytes) -> None:
     try:
