@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset  # DuckDB needs it at its first scan, when a capture is about to start
 
 from polar_mitm.store.chains import Link
 from polar_mitm.store.redact import redact_body, redact_headers, redact_path

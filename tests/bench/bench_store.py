@@ -32,6 +32,7 @@ import pyarrow as pa
 from polar_mitm.dialects.ids import new_id
 from polar_mitm.store import Recorder, schema
 from polar_mitm.store.writer import Batch
+from polar_mitm.token_ids import TokenIds
 from polar_mitm.types import ModelCall, Usage, Wire
 
 VOCABULARY = 151_936  # Qwen's
@@ -129,7 +130,7 @@ def _call(
         model_served="model",
         finish_reason="stop",
         policy_version="7",
-        prompt_token_ids=prompt,
+        prompt_token_ids=TokenIds(",".join(map(str, prompt)).encode()),  # as an upstream hands them over
         completion_token_ids=completion,
         behaviour_logprobs=lps,
         usage=Usage(len(prompt), len(completion)),
@@ -186,7 +187,7 @@ def rows_as_received(calls: list[ModelCall]) -> pa.Table:
         {
             "call_id": [c.call_id for c in calls],
             "rollout_id": [c.rollout_id for c in calls],
-            "prompt": pa.array([c.prompt_token_ids for c in calls], int_lists),
+            "prompt": pa.array([list(c.prompt_token_ids) for c in calls], int_lists),
             "completion": pa.array([c.completion_token_ids for c in calls], int_lists),
             "logprobs": pa.array([c.behaviour_logprobs for c in calls], real_lists),
             "request": pa.array([c.wire.request_body for c in calls], pa.large_binary()),
