@@ -60,18 +60,18 @@ def demo(
     """
     if store is not None and store.is_dir():
         fail(f"--store takes a file, and {store} is a directory")
-    folder = Path(tempfile.mkdtemp(prefix="polar-mitm-demo-"))
     say("1. the sandbox: a network namespace with nothing but our listeners in it", style="bold")
     _check_sandbox()
     say("2. the harnesses, unmodified, at pinned versions", style="bold")
-    jobs, unavailable = _jobs(folder, timeout)
+    jobs, unavailable = _jobs(timeout)
     say("3. the engine", style="bold")
     with _engine(engine, model, keep_engine) as (url, name):
         info = probed(url, name)
         say(f"{info.model} on vLLM {info.version} at {info.url} returns token ids and logprobs")
         say("4. the task, in each of them", style="bold")
+        folder = Path(tempfile.mkdtemp(prefix="polar-mitm-demo-"))
         path = (store or folder / "demo.duckdb").absolute()
-        ran, recorded = loop.run(_run(jobs, info, path, max_tokens))
+        ran, recorded = loop.run(_run(jobs, folder, info, path, max_tokens))
     if not tell_demo(Demo(info, recorded, ran, unavailable), json):
         say("a harness was not answered: its calls, and the end of its output, say why", style="red")
         raise typer.Exit(NO)
@@ -92,7 +92,7 @@ def _check_sandbox() -> None:
             fail(f"no sandbox can be made here: {check.name}: {check.detail}: {check.fix}", SETUP)
 
 
-def _jobs(folder: Path, timeout: float) -> tuple[list[Job], dict[str, str]]:
+def _jobs(timeout: float) -> tuple[list[Job], dict[str, str]]:
     """What can be run here, and why the rest cannot."""
     jobs: list[Job] = []
     unavailable: dict[str, str] = {}
@@ -107,8 +107,7 @@ def _jobs(folder: Path, timeout: float) -> tuple[list[Job], dict[str, str]]:
             unavailable[name] = str(error)
             say(f"{name} cannot be installed here: {str(error).splitlines()[0]}", style="yellow")
             continue
-        job.workdir, job.timeout_s = folder / name, timeout
-        job.workdir.mkdir()
+        job.timeout_s = timeout
         say(f"{job.name} {job.version}")
         jobs.append(job)
     if not jobs:
@@ -143,14 +142,17 @@ def _engine(url: str | None, model: str, keep: bool) -> Iterator[tuple[str | Non
             engine.down()
 
 
-async def _run(jobs: list[Job], info: EngineInfo, store: Path, max_tokens: int) -> tuple[list[Ran], Path]:
+async def _run(
+    jobs: list[Job], folder: Path, info: EngineInfo, store: Path, max_tokens: int
+) -> tuple[list[Ran], Path]:
+    """Run them one after the other, each in a directory of its own; says where it was recorded, too."""
     from polar_mitm.cli.hosting import embedded
 
     ran = []
     async with embedded(settings_from(None, max_tokens=max_tokens), info, store) as host:
         for job in jobs:
-            job.never_visible = [store]
-            log = job.workdir.with_suffix(".log")
+            job.never_visible, job.workdir, log = [store], folder / job.name, folder / f"{job.name}.log"
+            job.workdir.mkdir()
             with log.open("wb") as output:
                 job.stdout = job.stderr = output.fileno()
                 async with _counting(job, host):

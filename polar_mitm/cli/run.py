@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -99,9 +100,9 @@ def run(
         _hint(store.absolute())
     settings = settings_from(config, max_tokens=max_tokens)
     info = None if control else probed(engine or settings.engine, model or settings.engine_model)
-    job.workdir = task_dir.absolute() if task_dir else Path(tempfile.mkdtemp(prefix="polar-mitm-workspace-"))
-    outcome = loop.run(_run(job, settings, info, store, control))
-    tell_outcome(outcome, job.workdir, json)
+    with _workspace(task_dir) as job.workdir:
+        outcome = loop.run(_run(job, settings, info, store, control))
+    tell_outcome(outcome, job.workdir if job.workdir.exists() else None, json)
     raise typer.Exit(TIMEOUT if outcome.status == "timeout" else outcome.exit_code)
 
 
@@ -179,7 +180,7 @@ def _recipe_of(command: Sequence[str]) -> Recipe | None:
     return named[0] if named else None
 
 
-def tell_outcome(outcome: Outcome, workspace: Path, json: bool) -> None:
+def tell_outcome(outcome: Outcome, workspace: Path | None, json: bool) -> None:
     """Print what a rollout came to."""
     if json:
         print_json({**asdict(outcome), "workspace": workspace})
@@ -189,11 +190,25 @@ def tell_outcome(outcome: Outcome, workspace: Path, json: bool) -> None:
         f"{plural(outcome.calls, 'call')}  {plural(outcome.sampled_tokens, 'sampled token')}  "
         f"{outcome.seconds:.1f} s"
     )
-    say(f"store {outcome.store or 'of the interceptor'}  workspace {workspace}")
+    say(f"store {outcome.store or 'of the interceptor'}  workspace {workspace or 'left empty, and removed'}")
     if outcome.refused:
         say(f"refused: {', '.join(outcome.refused)}")
     if outcome.incomplete:
         say(f"the record is incomplete, and never trained on: {outcome.incomplete}", style="red")
+
+
+@contextmanager
+def _workspace(task_dir: Path | None) -> Iterator[Path]:
+    """The task's directory, or a new one, which goes if nothing is left in it."""
+    if task_dir is not None:
+        yield task_dir.absolute()
+        return
+    new = Path(tempfile.mkdtemp(prefix="polar-mitm-workspace-"))
+    try:
+        yield new
+    finally:
+        with suppress(OSError):
+            new.rmdir()
 
 
 def _hint(store: Path) -> None:

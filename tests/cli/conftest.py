@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,13 @@ class Result:
 
 
 Polar = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What commands make in the folder for temporary files goes with the test."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
 
 
 @pytest.fixture

@@ -66,6 +66,16 @@ def test_what_a_machine_is_told(polar: Polar, run: list[str], tmp_path: Path) ->
     assert len(call.completion_token_ids) == told.json["sampled_tokens"]
 
 
+def test_a_workspace_of_our_own_stays_if_something_is_in_it(
+    polar: Polar, run: list[str], tmp_path: Path
+) -> None:
+    empty = polar(*run, "--json", "--", "true")
+    assert (empty.code, empty.json["workspace"]) == (0, None)
+    assert not list(tmp_path.glob("polar-mitm-workspace-*"))
+    full = polar(*run, "--json", "--", "sh", "-c", "echo made > it")
+    assert (Path(full.json["workspace"]) / "it").read_text() == "made\n"
+
+
 def test_a_deadline(polar: Polar, run: list[str], tmp_path: Path) -> None:
     told = polar(*run, "--timeout", 0.5, "--json", "--", "sleep", "1000")
     assert (told.code, told.json["status"], told.json["exit_code"]) == (124, "timeout", 137)
