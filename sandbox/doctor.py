@@ -101,6 +101,7 @@ def _sandbox(root: bool) -> Check:
                     str(theirs.fileno()),
                     str(int(not root)),
                     "",
+                    str(filter_fd),
                     "--",
                 ),
                 *(*bwrap, str(filter_fd), "--", shutil.which("true") or "/bin/true"),

@@ -1,8 +1,11 @@
 """The first program of a sandbox: makes its network, hands the listeners out, then becomes bubblewrap.
 
-A script, not a module; standard library only: `python -ISB helper.py CONTROL_FD USERNS RLIMITS -- COMMAND`.
-`helper.py probe USERNS` only tries the first three steps and says on stderr what failed.
+A script, not a module; standard library only:
+`python -ISB helper.py CONTROL_FD USERNS RLIMITS FDS -- COMMAND`.
+`helper.py probe USERNS` only tries steps 1 to 3 and says on stderr what failed.
 
+0. Close every descriptor but the standard ones, CONTROL_FD and FDS: an open socket or directory of whoever
+   started us would be a way out.
 1. Enter a new network namespace (and, with USERNS "1", a new user namespace in which we are root).
 2. Bring `lo` up and make every IPv4 and IPv6 address local (AnyIP, ip-route(8) "local"): whatever address
    the harness dials, it reaches a listener of this namespace.
@@ -16,6 +19,7 @@ Failures go over CONTROL_FD as one message starting with `error: `.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -33,6 +37,8 @@ BACKLOG = 512
 
 
 def main() -> None:
+    if sys.argv[1] != "probe":
+        close_all_but({0, 1, 2, int(sys.argv[1]), *map(int, filter(None, sys.argv[4].split(",")))})
     try:
         enter_namespaces(new_user=sys.argv[2] == "1")
         make_every_address_local()
@@ -58,6 +64,14 @@ def fail(message: str) -> None:
         sys.exit(message)
     socket.socket(fileno=int(sys.argv[1])).send(f"error: {message}".encode())
     sys.exit(1)
+
+
+def close_all_but(wanted: set[int]) -> None:
+    """Whatever the parent's way of starting processes let through (uvloop's closes nothing) ends here."""
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - pathlib costs 10 ms of start
+        if int(name) not in wanted:
+            with contextlib.suppress(OSError):  # the descriptor of the listing itself
+                os.close(int(name))
 
 
 def enter_namespaces(new_user: bool) -> None:

@@ -140,8 +140,10 @@ class NamespaceSandbox:
             if who.lent:
                 self._loan = await asyncio.to_thread(identity.Loan, spec.workdir, who.uid)
             own_python = (sys.executable, "-ISB", str(identity.HELPER))
+            fds = ",".join(map(str, (status, *options.fds)))
+            limits = _rlimits(spec.limits, who)
             return await asyncio.create_subprocess_exec(
-                *(*own_python, str(control), str(int(who.user_namespace)), _rlimits(spec.limits, who), "--"),
+                *(*own_python, str(control), str(int(who.user_namespace)), limits, fds, "--"),
                 *(bwrap, "--args", arguments, "--", *who.become()),
                 *(command.program, *spec.command[1:]),
                 pass_fds=(control, status, *options.fds),

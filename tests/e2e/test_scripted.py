@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +14,7 @@ import pytest
 
 from polar_mitm.reconstruct import build
 from polar_mitm.store import open_reader
-from tests.e2e.conftest import Cli
+from tests.e2e.conftest import POLAR_MITM, Cli
 from tests.e2e.engines import LAST_WORDS, HarnessEngine, text_of
 from tests.support.record_fixtures import HARNESSES
 
@@ -100,3 +105,20 @@ async def test_any_command_has_no_way_out(cli: Cli, tmp_path: Path) -> None:
     names = {name for _, name in refused}
     assert {"example.com", "metadata.google.internal", "169.254.169.254"} <= names
     assert any(name.startswith("1.1.1.1") for name in names)
+
+
+async def test_what_the_caller_has_open_stays_outside(tmp_path: Path) -> None:
+    """An inherited socket would be a way out, an inherited directory a way to the host's files."""
+    code = "import os; print(sorted(os.listdir('/proc/self/fd')))"
+    async with HarnessEngine() as engine:
+        host, port = engine.url.removeprefix("http://").split(":")
+        folder = os.open(tmp_path, os.O_RDONLY)
+        with socket.create_connection((host, int(port))) as way_out:
+            fds = [way_out.fileno(), folder]
+            arguments = ["run", "--store", tmp_path / "run.duckdb", "--engine", engine.url, "--"]
+            command = [POLAR_MITM, *arguments, sys.executable, "-c", code]
+            run = functools.partial(subprocess.run, pass_fds=fds, capture_output=True, text=True, timeout=120)
+            done = await asyncio.to_thread(run, list(map(str, command)))
+        os.close(folder)
+    # 3 is the listing's own.
+    assert done.stdout.strip() == "['0', '1', '2', '3']", done.stderr
