@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from polar_mitm.cli.exits import TIMEOUT
 from polar_mitm.cli.hosting import Host
 from polar_mitm.dialects.ids import new_id
 from polar_mitm.types import Rollout, RolloutStatus
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Outcome:
-    """What `run` tells: the harness's own exit code, and what the interceptor saw."""
+    """What `run` tells: the harness's own exit code, 124 after a deadline, and what the interceptor saw."""
 
     rollout_id: str
     name: str
@@ -51,6 +52,8 @@ class Job:
     never_visible: Sequence[Path] = ()
     group_id: str | None = None
     task_id: str | None = None
+    stdin: int | None = None
+    """Descriptor that the command reads from; /dev/null by default."""
     stdout: int | None = None
     stderr: int | None = None
     """Descriptors that the command writes to; its runner's own by default."""
@@ -90,7 +93,7 @@ async def run_rollout(job: Job, host: Host) -> Outcome:
         rollout_id=rollout.rollout_id,
         name=job.name,
         version=job.version,
-        exit_code=rollout.exit_code if rollout.exit_code is not None else -1,
+        exit_code=TIMEOUT if sandbox.timed_out else rollout.exit_code,
         status=rollout.status,
         calls=served.num_calls,
         sampled_tokens=served.num_sampled_tokens,
@@ -119,6 +122,7 @@ def _spec(job: Job, host: Host) -> SandboxSpec:
         read_only=job.read_only,
         path=job.path,
         never_visible=job.never_visible,
+        stdin=job.stdin,
         stdout=job.stdout,
         stderr=job.stderr,
         timeout_s=job.timeout_s,

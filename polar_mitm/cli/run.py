@@ -14,7 +14,7 @@ import typer
 
 from polar_mitm.cli import loop
 from polar_mitm.cli.engine import EngineOption, ModelOption, probed
-from polar_mitm.cli.exits import TIMEOUT, fail
+from polar_mitm.cli.exits import fail
 from polar_mitm.cli.output import JsonFlag, plural, print_json, progress, say
 from polar_mitm.cli.rollout import Job, Outcome, run_rollout
 from polar_mitm.cli.settings import ConfigOption, MaxTokensOption, settings_from
@@ -69,6 +69,9 @@ def run(
     read_only: Annotated[
         list[Path] | None, typer.Option(metavar="PATH", help="Further host path to show; repeatable.")
     ] = None,
+    stdin: Annotated[
+        bool, typer.Option("--stdin", help="Give the command our standard input; else it reads nothing.")
+    ] = False,
     group: Annotated[str | None, typer.Option(metavar="ID", help="Of the rollouts of one task.")] = None,
     task: Annotated[str | None, typer.Option(metavar="ID", help="Of the task.")] = None,
     json: JsonFlag = False,
@@ -95,6 +98,8 @@ def run(
     job.env = {**job.env, **_pairs(env or [])}
     job.read_only = [*job.read_only, *(path.absolute() for path in read_only or [])]
     job.timeout_s, job.group_id, job.task_id = timeout, group, task
+    # Not by default: Codex reads a stdin that is no terminal to its end before it starts.
+    job.stdin = sys.stdin.fileno() if stdin and sys.stdin else None
     job.stdout = sys.stderr.fileno() if json else None
     if store is not None:
         _hint(store.absolute())
@@ -103,7 +108,7 @@ def run(
     with _workspace(task_dir) as job.workdir:
         outcome = loop.run(_run(job, settings, info, store, control))
     tell_outcome(outcome, job.workdir if job.workdir.exists() else None, json)
-    raise typer.Exit(TIMEOUT if outcome.status == "timeout" else outcome.exit_code)
+    raise typer.Exit(outcome.exit_code)
 
 
 async def _run(

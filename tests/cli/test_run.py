@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from polar_mitm.store import open_reader
-from tests.cli.conftest import Polar, finish, launch
+from tests.cli.conftest import POLAR_MITM, Polar, finish, launch
 
 ASK = """
 import json, ssl, urllib.request as u
@@ -78,9 +79,16 @@ def test_a_workspace_of_our_own_stays_if_something_is_in_it(
 
 def test_a_deadline(polar: Polar, run: list[str], tmp_path: Path) -> None:
     told = polar(*run, "--timeout", 0.5, "--json", "--", "sleep", "1000")
-    assert (told.code, told.json["status"], told.json["exit_code"]) == (124, "timeout", 137)
+    assert (told.code, told.json["status"], told.json["exit_code"]) == (124, "timeout", 124)
     with open_reader(tmp_path / "new.duckdb") as reader:
-        assert [r.status for r in reader.rollouts()] == ["timeout"]
+        assert [(r.status, r.exit_code) for r in reader.rollouts()] == [("timeout", 137)]  # as it was killed
+
+
+@pytest.mark.parametrize(("flags", "read"), [((), ""), (("--stdin",), "x\n")])
+def test_standard_input_where_asked_for(flags: tuple[str, ...], read: str, run: list[str]) -> None:
+    command = [POLAR_MITM, *run, *flags, "--", "cat"]
+    done = subprocess.run(command, input="x\n", capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, read), done.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
