@@ -24,6 +24,7 @@ class Hold:
     Args:
         path: the file.
         wait_s: how long another process that has the file may take to let go.
+        takeover: what runs in it was left by a killed capture, and is marked so.
         share: let other processes read; this takes a moment, and `on_alarm` hears when it does not work.
 
     Raises:
@@ -31,7 +32,9 @@ class Hold:
         StoreError, OSError, duckdb.Error: it cannot be had.
     """
 
-    def __init__(self, path: Path, wait_s: float, *, share: bool, on_alarm: Callable[[str], None]) -> None:
+    def __init__(
+        self, path: Path, wait_s: float, *, takeover: bool, share: bool, on_alarm: Callable[[str], None]
+    ) -> None:
         self._on_alarm = on_alarm
         path.parent.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + wait_s
@@ -45,7 +48,7 @@ class Hold:
                     raise StoreLocked(path, live.pid if live else None) from error
                 time.sleep(_POLL_S)
         try:
-            self.writer = _open(path, deadline)
+            self.writer = _open(path, deadline, takeover)
         except BaseException:
             self._claim.release()
             raise
@@ -83,10 +86,10 @@ class Hold:
             self._on_alarm(f"the store's settings could not be locked: {error}")
 
 
-def _open(path: Path, deadline: float) -> StoreWriter:
+def _open(path: Path, deadline: float, takeover: bool) -> StoreWriter:
     while True:
         try:
-            return StoreWriter(path)
+            return StoreWriter(path, takeover=takeover)
         except StoreLocked:
             if time.monotonic() >= deadline:
                 raise

@@ -107,10 +107,15 @@ class StoreReader:
         return self._select(statements[0].query)
 
     def rollouts(self) -> list[Rollout]:
-        """All rollouts, oldest first."""
-        return [
-            Rollout(**r) for r in self._select("FROM rollouts ORDER BY started_at, rollout_id").to_pylist()
-        ]
+        """All rollouts, oldest first. One that runs while nobody records was killed with its capture."""
+        found = self._select("FROM rollouts ORDER BY started_at, rollout_id").to_pylist()
+        rollouts = [Rollout(**r) for r in found]
+        if isinstance(self._source, _File):
+            for rollout in rollouts:
+                if rollout.status == "running":
+                    rollout.status, rollout.stop_reason = "interrupted", rows.KILLED_STOP_REASON
+                    rollout.incomplete = rollout.incomplete or rows.KILLED_INCOMPLETE
+        return rollouts
 
     def rewards(self) -> list[Reward]:
         """All verdicts, oldest first."""

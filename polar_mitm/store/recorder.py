@@ -73,6 +73,7 @@ class Recorder:
         self._rescue_reason: str | None = None
         self._touched: set[str] = set()
         self._hold: Hold | None = None
+        self._takeover = True
         self._lost: Exception = StoreError(f"{path} is not open")
         self._retry_at = 0.0
         self._gave_up = False
@@ -81,6 +82,8 @@ class Recorder:
 
     def open(self) -> None:
         """Open the store, or a rescue store next to it or in the folder for temporary files.
+
+        Rollouts that a killed capture left running in it become interrupted and incomplete.
 
         Raises:
             StoreError: the file is no store, or a newer program's: a mistake to mend before anything runs.
@@ -240,7 +243,9 @@ class Recorder:
     # --- the file -------------------------------------------------------------------------------------
 
     def _take(self, path: Path, wait_s: float = 0.0) -> Hold:
-        return Hold(path, wait_s, share=self._share, on_alarm=self._alarm)
+        hold = Hold(path, wait_s, takeover=self._takeover, share=self._share, on_alarm=self._alarm)
+        self._takeover = False  # what runs in it from here on is ours, also when we have to open it again
+        return hold
 
     def _held(self) -> Hold:
         """The hold on the store, taken again where a failure has cost it, though not without a pause."""

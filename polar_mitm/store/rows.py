@@ -47,6 +47,10 @@ EGRESS: Columns = {
     "rollout_id": _STR, "at": _REAL, "verdict": _STR, "layer": _STR, "name": _STR, "detail": _STR
 }  # fmt: skip
 
+# What becomes of a rollout that was running when its capture was killed: its last calls may be missing.
+KILLED_STOP_REASON = "the capture was killed"
+KILLED_INCOMPLETE = "the capture ended before the rollout did"
+
 _CALL_FIELDS = frozenset(ModelCall.__struct_fields__)
 _json = msgspec.json.Encoder()
 

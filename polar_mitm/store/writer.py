@@ -34,6 +34,13 @@ _MARK = _MERGE.format(update="")
 _INSERT_CALLS = """
     INSERT INTO call_log SELECT * REPLACE (behaviour_logprobs::VARCHAR AS behaviour_logprobs) FROM new_calls
 """
+_INTERRUPT = f"""
+    UPDATE rollout_rows SET
+        status = 'interrupted',
+        stop_reason = {rows.quote(rows.KILLED_STOP_REASON)},
+        incomplete = coalesce(incomplete, {rows.quote(rows.KILLED_INCOMPLETE)})
+    WHERE status = 'running'
+"""
 _INSERT_REWARDS = "INSERT INTO rewards FROM new_rewards"
 _INSERT_EGRESS = "INSERT INTO egress FROM new_egress"
 _MOVE_CALLS = """
@@ -63,15 +70,21 @@ class Batch:
 class StoreWriter:
     """An open store, migrated to the newest schema. For one thread at a time.
 
+    Args:
+        path: the file.
+        takeover: what runs in it was left by a killed capture, and is marked so.
+
     Raises:
-        StoreLocked, NotAStore, StoreError: from the constructor, when the file cannot be had for writing.
+        StoreLocked, NotAStore, StoreError, duckdb.Error: the file cannot be had for writing.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, takeover: bool) -> None:
         self.path = path
         self.con = schema.connect(path)
         try:
             schema.migrate(self.con)
+            if takeover:
+                self.con.execute(_INTERRUPT)
             self._sources = {name: rows.Source(columns) for name, columns in _SOURCES.items()}
             for name, source in self._sources.items():
                 self.con.register(name, source)

@@ -19,6 +19,7 @@ from tests.support.scripts import Answer
 
 NUM_ROLLOUTS = 10
 NUM_STREAMS = 50
+KILLED = ("interrupted", "the capture was killed", "the capture ended before the rollout did")
 LAST = {MESSAGES: b"event: message_stop\n", RESPONSES: b"event: response.completed\n"}
 
 
@@ -90,7 +91,8 @@ async def test_kill_9_in_the_middle_of_50_streams(tmp_path: Path) -> None:
     assert all(client.number % 3 != 2 for client in complete)
     with open_reader(store) as reader:
         stored = {question(call): call for call in reader.calls(wire=True)}
-        assert {rollout.status for rollout in reader.rollouts()} == {"running"}  # nobody said how they ended
+        ended = {(r.status, r.stop_reason, r.incomplete) for r in reader.rollouts()}
+        assert ended == {KILLED}  # streams that were cut off are lost: nobody trains on the rest
     for client in complete:
         call = stored[client.number]
         tokens = sampled(answer(client.number))

@@ -117,7 +117,7 @@ def test_the_other_records(tmp_path: Path) -> None:
     )
     ended = Rollout(**{f: getattr(rollout, f) for f in rollout.__struct_fields__})
     ended.status, ended.stop_reason, ended.exit_code, ended.ended_at = "failed", "deadline", 7, 2.5
-    other = Rollout("r2", started_at=9.0)
+    other = Rollout("r2", status="completed", started_at=9.0)
     reward = Reward("r1", "tests", 0.5, "pytest", "3 of 6", 3.0)
     events = [
         EgressEvent("r1", 1.0, "refused", "dns", "x.org"),
