@@ -1,12 +1,14 @@
 """Entry point for stock mitmproxy: `mitmdump -s addons/polar.py --set polar_store=F --set polar_engine=URL`.
 
 `polar-mitm addon-path` prints where this file was installed. All modes of mitmproxy work; connections that
-no runner handed over (`polar_control`) belong to the rollout named by `polar_rollout`.
+no runner handed over (`polar_control`) belong to the rollout named by `polar_rollout`. mitmproxy listens before
+the engine has been probed: until the log says "capturing", requests get mitmproxy's own 502.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +26,8 @@ from polar_mitm_addons.chain import OPTIONS
 from polar_mitm_addons.control import Control
 from polar_mitm_addons.egress import Egress
 from polar_mitm_addons.interceptor import Serving
+
+logger = logging.getLogger(__name__)
 
 
 class Polar:
@@ -71,6 +75,8 @@ class Polar:
             except OSError as error:
                 _give_up(error)
             self._control = control
+
+        logger.info("polar-mitm: capturing into %s, engine %s", options.polar_store, engine.url)
 
     async def done(self) -> None:
         serving, self._serving = self._serving, None
