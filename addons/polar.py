@@ -1,8 +1,8 @@
 """Entry point for stock mitmproxy: `mitmdump -s addons/polar.py --set polar_store=F --set polar_engine=URL`.
 
 `polar-mitm addon-path` prints where this file was installed. All modes of mitmproxy work; connections that
-no runner handed over (`polar_control`) belong to the rollout named by `polar_rollout`. mitmproxy listens before
-the engine has been probed: until the log says "capturing", requests get mitmproxy's own 502.
+no runner handed over (`polar_control`) belong to the rollout named by `polar_rollout`. mitmproxy listens
+before the engine has been probed: until the log says "capturing", requests get mitmproxy's own 502.
 """
 
 from __future__ import annotations
