@@ -43,7 +43,7 @@ class InstalledHarness:
 
 
 def ensure_harness(recipe: Recipe, cache: Path, on_step: OnStep = lambda step: None) -> InstalledHarness:
-    """The harness, installed if need be. Needs no network when it is in the cache.
+    """The harness of a recipe with a package, installed if need be. Needs no network once in the cache.
 
     Raises:
         SetupError: no room or no network, or the package is not what the recipe says; says what to do.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from polar_mitm.dialects.routes import ERROR_DIALECT
 from polar_mitm.errors import SetupError
 
 _FOLDER = Path(__file__).with_name("recipes")
@@ -14,10 +15,11 @@ _FOLDER = Path(__file__).with_name("recipes")
 
 @dataclass(frozen=True)
 class Install:
-    """Where the program comes from: an npm package or a PyPI package, at the recipe's version.
+    """Where the program comes from: an npm or PyPI package, at the recipe's version, or this machine's PATH.
 
     Attributes:
-        binary: the program inside the installation; a glob that matches exactly one file.
+        binary: the program inside the installation; a glob that matches exactly one file. Without a package
+            it is a name on this machine's PATH, and runs as found there.
         show: what of the installation the sandbox sees; globs, by default all of it.
         path: directories inside the installation to put on PATH; globs.
         script: for a program that is an interpreter, what it runs; relative to the recipe's file.
@@ -32,13 +34,20 @@ class Install:
     script: Path | None = None
     node: bool = False
 
+    @property
+    def package(self) -> str | None:
+        """What is installed; None for a program that is there already."""
+        return self.npm or self.pip
+
 
 @dataclass(frozen=True)
 class Recipe:
     """One harness at one version.
 
     Attributes:
-        hosts: the provider's hosts that it calls models on.
+        version: empty where nothing is installed and the file does not say.
+        hosts: where it calls models: name -> provider (a key of `ERROR_DIALECT`). `polar-mitm run` adds them
+            to its own interceptor's; one behind `--control` serves those of its own settings.
         argv: arguments of a run without a person. `{prompt}` stands for the task; the element `{model}`
             becomes `model_argv` when a model is named, and nothing when none is.
         default_model: the model to name when the caller names none.
@@ -48,10 +57,10 @@ class Recipe:
 
     name: str
     title: str
-    version: str
-    hosts: tuple[str, ...]
     install: Install
     argv: tuple[str, ...]
+    version: str = ""
+    hosts: dict[str, str] = field(default_factory=dict)
     model_argv: tuple[str, ...] = ()
     default_model: str | None = None
     env: dict[str, str] = field(default_factory=dict)
@@ -90,14 +99,32 @@ def load(name: str) -> Recipe:
 
 
 def _parse(data: dict[str, Any], file: Path) -> Recipe:
-    install, run = dict(data.pop("install")), dict(data.pop("run"))
-    if ("npm" in install) == ("pip" in install):
+    run = dict(data.pop("run"))
+    install, program = dict(data.pop("install", {})), run.pop("program", None)
+    if bool(install) == bool(program):
+        raise ValueError("either [install], or program in [run]")
+    if program:
+        install["binary"] = program
+    elif ("npm" in install) == ("pip" in install):
         raise ValueError("[install] needs either npm or pip")
+    elif "version" not in data:
+        raise KeyError("version")
     if "script" in install:
         install["script"] = (file.parent / install["script"]).resolve()
     if not any("{prompt}" in each for each in run["argv"]):
         raise ValueError("no {prompt} in [run] argv")
+    data["hosts"] = _hosts(data.get("hosts", {}))
     return Recipe(name=file.stem, install=Install(**_tuples(install)), **_tuples(run), **_tuples(data))
+
+
+def _hosts(given: Any) -> dict[str, str]:
+    known = ", ".join(ERROR_DIALECT)
+    if not isinstance(given, dict):
+        raise ValueError(f'[hosts] is a table of "name" = provider ({known})')
+    for host, provider in given.items():
+        if provider not in tuple(ERROR_DIALECT):  # a provider may be anything that TOML has
+            raise ValueError(f"[hosts] {host}: there is no provider {provider!r}: there are {known}")
+    return {host.lower(): provider for host, provider in given.items()}
 
 
 def _tuples(data: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,8 @@ class Job:
     home: Mapping[str, str] = field(default_factory=dict)
     read_only: Sequence[Path] = ()
     path: Sequence[str] = ()
+    hosts: Mapping[str, str] = field(default_factory=dict)
+    """Where it calls models, name -> provider, for an interceptor that is made for it."""
     timeout_s: float | None = None
     never_visible: Sequence[Path] = ()
     group_id: str | None = None

@@ -80,7 +80,9 @@ def run(
 
     Known harnesses are installed at a pinned version, with a placeholder for
     the key that they ask for. Nothing of their configuration is changed: no
-    base URL, no proxy. Any other command runs as it is.
+    base URL, no proxy. Any other command runs as it is. A recipe's hosts are
+    served beside the known ones; with --control those of the interceptor's
+    own settings are.
 
     The exit code is the harness's own; 124 after --timeout, 125 if polar-mitm
     itself failed. What the harness prints goes to stdout as it is (to stderr
@@ -104,6 +106,7 @@ def run(
     if store is not None:
         _hint(store.absolute())
     settings = settings_from(config, max_tokens=max_tokens)
+    settings = settings.model_copy(update={"hosts": {**job.hosts, **settings.hosts}})
     info = None if control else probed(engine or settings.engine, model or settings.engine_model)
     with _workspace(task_dir) as job.workdir:
         outcome = loop.run(_run(job, settings, info, store, control))
@@ -144,25 +147,27 @@ def prepare(harness: str | None, command: Sequence[str], prompt: str | None) -> 
         fail("either --prompt TEXT or a command after --, not both")
     if not command and prompt is None:
         fail(f"give {recipe.name} something to do: --prompt TEXT, or its own command after --")
-    installed = install(recipe)
+    installed = install(recipe) if recipe.install.package else None
+    program = installed.command if installed else (recipe.install.binary,)
     if prompt is not None:
-        arguments = [*installed.command, *recipe.arguments(prompt)]
+        arguments = [*program, *recipe.arguments(prompt)]
     else:
-        own = Path(command[0]).name == installed.bin_path.name
-        arguments = [*installed.command, *command[1:]] if own else list(command)
+        own = Path(command[0]).name == Path(program[0]).name
+        arguments = [*program, *command[1:]] if own else list(command)
     return Job(
         arguments,
         name=recipe.name,
         version=recipe.version,
         env=recipe.env,
         home=recipe.home,
-        read_only=list(installed.ro_paths),
-        path=installed.path,
+        read_only=list(installed.ro_paths) if installed else [],
+        path=installed.path if installed else (),
+        hosts=recipe.hosts,
     )
 
 
 def install(recipe: Recipe) -> InstalledHarness:
-    """The recipe's harness, from the cache or installed into it.
+    """The harness of a recipe with a package, from the cache or installed into it.
 
     Raises:
         SetupError: it cannot be installed here.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -82,6 +84,30 @@ def test_a_deadline(polar: Polar, run: list[str], tmp_path: Path) -> None:
     assert (told.code, told.json["status"], told.json["exit_code"]) == (124, "timeout", 124)
     with open_reader(tmp_path / "new.duckdb") as reader:
         assert [(r.status, r.exit_code) for r in reader.rollouts()] == [("timeout", 137)]  # as it was killed
+
+
+def test_a_recipe_of_ones_own(
+    polar: Polar, run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its program is this machine's, and its host a name that nobody but the recipe knows."""
+    (tmp_path / "asker.toml").write_text(
+        f"""title = "Asker"
+        [hosts]
+        "Models.Example" = "anthropic"
+        [run]
+        program = "{Path(sys.executable).name}"
+        argv = ["-c", {json.dumps(ASK.replace("api.anthropic.com", "models.example"))}, "{{prompt}}"]
+        """
+    )
+    recipe = ["--json", "--harness", tmp_path / "asker.toml", "--prompt", "go"]
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    told = polar(*run, *recipe)
+    assert (told.code, told.json["name"], told.json["calls"]) == (0, "asker", 1), told.err
+    assert told.json["refused"] == []
+    with open_reader(tmp_path / "new.duckdb") as reader:
+        query = "SELECT dialect, http ->> 'host' AS host FROM calls JOIN wire USING (call_id)"
+        (seen,) = reader.sql(query).to_pylist()
+    assert seen == {"dialect": "anthropic", "host": "models.example"}
 
 
 @pytest.mark.parametrize(("flags", "read"), [((), ""), (("--stdin",), "x\n")])

@@ -18,7 +18,6 @@ from tests.sandbox.users import User
 SMALL = """
 title = "Semver"
 version = "7.6.3"
-hosts = []
 [install]
 npm = "semver"
 binary = "node_modules/semver/bin/semver.js"

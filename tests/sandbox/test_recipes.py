@@ -12,7 +12,8 @@ from polar_mitm_sandbox import recipes
 MINE = """
 title = "Mine"
 version = "1.0"
-hosts = ["api.openai.com"]
+[hosts]
+"Models.Example" = "openai"
 [install]
 npm = "mine"
 binary = "node_modules/mine/cli.js"
@@ -50,8 +51,17 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     file.write_text(MINE)
     recipe = recipes.load(str(file))
     assert (recipe.name, recipe.install.node, recipe.home) == ("mine", True, {".mine/config.json": "{}"})
+    assert recipe.hosts == {"models.example": "openai"}  # names have no case
     assert recipe.arguments("do", "m1") == ["-m", "m1", "--go", "--prompt=do"]
     assert recipe.arguments("do") == ["--go", "--prompt=do"]
+
+
+def test_a_program_that_is_there_already(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('title = "Mine"\n[run]\nprogram = "my-agent"\nargv = ["{prompt}"]\n')
+    recipe = recipes.load(str(file))
+    assert (recipe.install.binary, recipe.install.package) == ("my-agent", None)
+    assert (recipe.version, recipe.hosts) == ("", {})
 
 
 @pytest.mark.parametrize(
@@ -59,6 +69,10 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     [
         ('version = "1.0"', "", "version"),
         ("[install]", "[instal]", "install"),
+        ("[run]", '[run]\nprogram = "mine"', "either .install., or program"),
+        ('= "openai"', '= "gemini"', "there is no provider 'gemini': there are anthropic, openai"),
+        ('= "openai"', "= []", "provider"),
+        ('[hosts]\n"Models.Example" = "openai"', 'hosts = ["models.example"]', "table"),
         ('npm = "mine"', "", "npm"),
         ('npm = "mine"', 'npm = "mine"\npip = "mine"', "npm or pip"),
         ("node = true", "nodes = true", "nodes"),
