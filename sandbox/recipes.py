@@ -111,9 +111,12 @@ def _parse(data: dict[str, Any], file: Path) -> Recipe:
         raise KeyError("version")
     if "script" in install:
         install["script"] = (file.parent / install["script"]).resolve()
-    if not any("{prompt}" in each for each in run["argv"]):
+    if not any("{prompt}" in each for each in run.setdefault("argv", ["{prompt}"])):
         raise ValueError("no {prompt} in [run] argv")
+    if unknown := set(data) - {"title", "version", "hosts", "env", "home"}:
+        raise ValueError(f"unknown key {', '.join(sorted(unknown))}")
     data["hosts"] = _hosts(data.get("hosts", {}))
+    data.setdefault("title", file.stem)
     return Recipe(name=file.stem, install=Install(**_tuples(install)), **_tuples(run), **_tuples(data))
 
 

@@ -91,3 +91,17 @@ def test_a_mistake_is_named(tmp_path: Path, old: str, new: str, complaint: str) 
 def test_no_such_recipe(name: str) -> None:
     with pytest.raises(SetupError, match="claude-code"):
         recipes.load(name)
+
+
+def test_the_least_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "least.toml"
+    file.write_text('[run]\nprogram = "my-agent"\n')
+    recipe = recipes.load(str(file))
+    assert recipe.title == "least" and recipe.arguments("do it") == ["do it"]
+
+
+def test_an_unknown_key(tmp_path: Path) -> None:
+    file = tmp_path / "odd.toml"
+    file.write_text('name = "odd"\n[run]\nprogram = "my-agent"\n')
+    with pytest.raises(SetupError, match="unknown key name"):
+        recipes.load(str(file))
