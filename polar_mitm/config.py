@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     hosts: dict[Annotated[str, StringConstraints(to_lower=True)], Literal["anthropic", "openai"]] = Field(
         default_factory=dict, description="more provider hosts: name -> provider"
     )
-    flush_interval_s: float = 0.04  # commits begin at least this far apart; a lone call does not wait
+    flush_interval_s: float = 0.02  # commits begin at least this far apart; a lone call does not wait
 
     @classmethod
     def settings_customise_sources(
