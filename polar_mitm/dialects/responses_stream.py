@@ -10,6 +10,7 @@ cut off gets no `done` events, so nobody runs half a command; the response lists
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import msgspec
@@ -36,7 +37,7 @@ _Wire = dict[str, Any]
 # --- items ----------------------------------------------------------------------------------------------
 
 
-class _Item:
+class _Item(ABC):
     """An output item being made. `before` and `after` frame the JSON string of its delta event."""
 
     def __init__(self, kind: str, prefix: str, call_id: str, index: int, part: str = "") -> None:
@@ -50,9 +51,9 @@ class _Item:
         self.before = f'event: {event}\ndata: {{"type":"{event}",{where},"delta":'.encode()
         self.after = b',"logprobs":[],"sequence_number":' if kind == "output_text" else b',"sequence_number":'
 
+    @abstractmethod
     def wire(self, status: str) -> _Wire:
         """The item as it stands."""
-        raise NotImplementedError
 
 
 class _Text(_Item):
