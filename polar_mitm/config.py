@@ -32,6 +32,9 @@ class Settings(BaseSettings):
     top_k: int = 0
     max_tokens: int | None = Field(default=None, ge=1, description="cap on sampled tokens per call")
 
+    continuation: bool = True  # go on from the sampled ids instead of rendering them anew
+    keep_reasoning: Literal["template", "always"] = "template"
+
     max_body_bytes: int = Field(default=32 << 20, ge=1)
     connect_timeout_s: float = 5.0
     head_timeout_s: float = 50.0  # below the 60 s after which the least patient harness gives up

@@ -189,6 +189,8 @@ class Completion(Struct):
 
 CallRole = Literal["main", "subagent", "auxiliary", "compaction"]
 CallStatus = Literal["ok", "cancelled", "failed", "refused"]
+Continuation = Literal["exact", "none"]
+KeepReasoning = Literal["template", "always"]
 
 
 class Wire(Struct):
@@ -216,7 +218,13 @@ class ModelCall(Struct):
     `status`: "ok" answered to the end; "cancelled" the harness hung up (its partial tokens are kept);
     "failed" the engine failed; "refused" never sent to the engine (malformed, too large, ...).
     `delivered` says whether every byte of the answer was handed to the harness's connection.
-    `policy_version` is the engine's own word for its weights.
+    `policy_version` is the engine's own word for its weights; `policy_version_last` that of the last token,
+    where weights changed inside the call.
+
+    `continuation` "exact": the prompt ids begin with `parent_call_id`'s own prompt and sampled ids; `edits`
+    lists the harmless edits that its echo in the history shows. "none": rendered anew, and `fallback` says
+    why. `answer` is what the engine said. `replayed_from` names the call of another rollout whose recorded
+    answer was served. `tokenizer` is a fingerprint: ids of different ones must not meet.
     """
 
     call_id: str
@@ -234,6 +242,13 @@ class ModelCall(Struct):
     finish_reason: str | None = None
     error: str | None = None
     policy_version: str | None = None
+    policy_version_last: str | None = None
+    continuation: Continuation = "none"
+    fallback: str | None = None
+    edits: list[str] = field(default_factory=list)
+    answer: Message | None = None
+    replayed_from: str | None = None
+    tokenizer: str = ""
     sampling_requested: Sampling = field(default_factory=Sampling)
     sampling: Sampling = field(default_factory=Sampling)
     notes: list[str] = field(default_factory=list)
@@ -252,7 +267,11 @@ RolloutStatus = Literal["running", "completed", "failed", "timeout", "interrupte
 
 
 class Rollout(Struct):
-    """One harness run of one task. `incomplete` says why its record has holes; None means it has none."""
+    """One harness run of one task. `incomplete` says why its record has holes; None means it has none.
+
+    `keep_reasoning`: whether a continuation keeps reasoning that the chat template drops from history.
+    `forked_from` is "<rollout_id>/<call_id>" where a replay turned live.
+    """
 
     rollout_id: str
     group_id: str | None = None
@@ -267,6 +286,8 @@ class Rollout(Struct):
     incomplete: str | None = None
     engine: str = ""
     model: str = ""
+    keep_reasoning: KeepReasoning = "template"
+    forked_from: str | None = None
     started_at: float = 0.0
     ended_at: float | None = None
 
