@@ -35,7 +35,7 @@ class CallPacker:
         self._bodies = Packer()
 
     def pack(self, call: ModelCall) -> rows.Row:
-        """The row of a call, its secrets removed: columns `CALL`, `WIRE`, `TOKENS`.
+        """The row of a call, its secrets removed: columns `CALL`, `WIRE`, `TOKENS`, `LINEAGE`.
 
         Raises:
             AlreadyRecorded: its id is taken.
@@ -60,6 +60,7 @@ class CallPacker:
         request, request_frame = pack(call.wire.request_body, known, base.request if base else NO_BASE)
         upstream, upstream_frame = pack(call.upstream_body, known, base.upstream if base else NO_BASE)
         _, response_frame = pack(call.wire.response_body, known, NO_BASE)
+        _, answer_frame = pack(rows.answer_json(call.answer), known, NO_BASE)
         base_id = base.call_id if base else None
         row = (
             *rows.call_row(call, parent.call_id if parent and shared else None, shared),
@@ -67,6 +68,7 @@ class CallPacker:
             b"[%b]" % suffix,
             b"[%b]" % completion,
             logprobs,
+            *rows.lineage_row(call, answer_frame),
         )
         if text:
             tip = Tip(

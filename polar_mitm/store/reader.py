@@ -129,7 +129,10 @@ class StoreReader:
     def calls(
         self, rollout_id: str | None = None, tokens: bool = True, wire: bool = False
     ) -> list[ModelCall]:
-        """Calls, by rollout, in the order of its requests; `tokens` and `wire` only where asked for."""
+        """Calls, by rollout, in the order of its requests; `tokens` and `wire` only where asked for.
+
+        `wire` brings `answer` and `upstream_body` too.
+        """
         found = self._calls(f"{_where(rollout_id)} ORDER BY rollout_id, seq, call_id")
         if tokens:
             self._add_tokens(found, rollout_id)
@@ -219,7 +222,7 @@ class StoreReader:
         return self._source.select(query)
 
     def _calls(self, rest: str) -> list[ModelCall]:
-        found = self._select(f"SELECT {', '.join(rows.CALL)} FROM stored_calls{rest}")
+        found = self._select(f"SELECT {', '.join(rows.CALL)}, lineage FROM stored_calls{rest}")
         return [rows.call_of(row) for row in found.to_pylist()]
 
     def _links(self, rollout_id: str | None) -> dict[str, Link]:
@@ -250,6 +253,7 @@ class StoreReader:
             row = stored[call.call_id]
             request, call.upstream_body = bodies(call.call_id)
             call.wire = rows.wire_of(row, request, unpack(row["response_body"]))
+            call.answer = rows.answer_of(unpack(row["answer"] or b""))
 
 
 def _where(rollout_id: str | None) -> str:

@@ -12,7 +12,17 @@ import pyarrow.dataset  # DuckDB needs it at its first scan, when a capture is a
 
 from polar_mitm.store.chains import Link
 from polar_mitm.store.redact import redact_body, redact_headers, redact_path
-from polar_mitm.types import EgressEvent, ModelCall, Reward, Rollout, Sampling, Usage, Wire
+from polar_mitm.types import (
+    Continuation,
+    EgressEvent,
+    Message,
+    ModelCall,
+    Reward,
+    Rollout,
+    Sampling,
+    Usage,
+    Wire,
+)
 
 Columns = Mapping[str, pa.DataType]
 Row = tuple[Any, ...]
@@ -24,6 +34,7 @@ ROLLOUT: Columns = {
     "rollout_id": _STR, "group_id": _STR, "task_id": _STR, "sample_index": _INT, "harness": _STR,
     "harness_version": _STR, "command": _STR, "status": _STR, "stop_reason": _STR, "exit_code": _INT,
     "incomplete": _STR, "engine": _STR, "model": _STR, "started_at": _REAL, "ended_at": _REAL,
+    "keep_reasoning": _STR, "forked_from": _STR,
 }  # fmt: skip
 CALL: Columns = {
     "call_id": _STR, "rollout_id": _STR, "seq": _BIG, "dialect": _STR, "route": _STR, "status": _STR,
@@ -40,6 +51,7 @@ WIRE: Columns = {
 TOKENS: Columns = {
     "prompt_suffix": _STR, "completion_token_ids": _STR, "behaviour_logprobs": pa.list_(pa.float32()),
 }  # fmt: skip
+LINEAGE: Columns = {"lineage": _STR, "answer": _BYTES}
 REWARD: Columns = {
     "rollout_id": _STR, "name": _STR, "value": _REAL, "verifier": _STR, "evidence": _STR, "at": _REAL
 }  # fmt: skip
@@ -84,6 +96,37 @@ def call_row(call: ModelCall, prompt_parent_id: str | None, prompt_shared: int) 
         prompt_parent_id,
         prompt_shared,
     )
+
+
+class _Lineage(msgspec.Struct, omit_defaults=True):
+    """What the column `lineage` holds: fields of a call that only some calls have."""
+
+    continuation: Continuation = "none"
+    fallback: str | None = None
+    edits: list[str] = msgspec.field(default_factory=list)
+    policy_version_last: str | None = None
+    replayed_from: str | None = None
+    tokenizer: str = ""
+
+
+_LINEAGE_FIELDS = _Lineage.__struct_fields__
+_NO_LINEAGE = "{}"
+
+
+def lineage_row(call: ModelCall, answer: bytes) -> Row:
+    """The part of a call's row that `LINEAGE` describes, out of its packed answer."""
+    text = _as_json(_Lineage(*(getattr(call, name) for name in _LINEAGE_FIELDS)))
+    return (None if text == _NO_LINEAGE else text), answer
+
+
+def answer_json(answer: Message | None) -> bytes:
+    """What is packed into the column `answer`."""
+    return b"" if answer is None else _as_json(answer).encode()
+
+
+def answer_of(body: bytes) -> Message | None:
+    """The answer that `answer_json` wrote down."""
+    return msgspec.json.decode(body, type=Message) if body else None
 
 
 class _Http(msgspec.Struct):
@@ -151,12 +194,14 @@ class Source:
 
 
 def call_of(row: Mapping[str, Any]) -> ModelCall:
-    """The call of a row of `stored_calls`, without tokens and wire."""
+    """The call of a row of `stored_calls`, without tokens, wire and answer."""
     fields = {name: row[name] for name in CALL if name in _CALL_FIELDS}
     fields["sampling_requested"] = msgspec.json.decode(row["sampling_requested"], type=Sampling)
     fields["sampling"] = msgspec.json.decode(row["sampling"], type=Sampling)
     fields["notes"] = msgspec.json.decode(row["notes"], type=list[str])
     fields["usage"] = msgspec.json.decode(row["usage"], type=Usage)
+    if row["lineage"]:
+        fields |= msgspec.structs.asdict(msgspec.json.decode(row["lineage"], type=_Lineage))
     return ModelCall(**fields)
 
 

@@ -18,7 +18,7 @@ _MAX_WAL_BYTES = 16 << 20  # a longer log is a longer pause when it is compacted
 
 _SOURCES = {
     "new_rollouts": rows.ROLLOUT,
-    "new_calls": {**rows.CALL, **rows.WIRE, **rows.TOKENS},
+    "new_calls": {**rows.CALL, **rows.WIRE, **rows.TOKENS, **rows.LINEAGE},
     "new_rewards": rows.REWARD,
     "new_egress": rows.EGRESS,
 }

@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from polar_mitm.store import Recorder, open_reader
 from polar_mitm.store.redact import redact_body, redact_headers, redact_path
-from polar_mitm.types import EgressEvent, ModelCall, Reward, Rollout, Sampling, Usage, Wire
+from polar_mitm.types import (
+    EgressEvent,
+    Message,
+    ModelCall,
+    Reward,
+    Rollout,
+    Sampling,
+    TextPart,
+    ToolCall,
+    Usage,
+    Wire,
+)
 from tests.store.calls import call, conversation
 
 text = st.text(max_size=20)
@@ -46,6 +57,15 @@ wires = st.builds(
     chunk_sizes=st.lists(st.integers(0, 2**40), max_size=4),
     chunk_at_ms=st.lists(finite, max_size=4),
 )
+# Ids are cleaned of secrets too, and what is JSON holds no lone surrogates.
+answers = st.none() | st.builds(
+    Message,
+    role=st.just("assistant"),
+    content=st.lists(st.builds(TextPart, text), max_size=2),
+    reasoning=st.none() | text,
+    tool_calls=st.lists(st.builds(ToolCall, id=text, name=text, arguments=text), max_size=2),
+    minted_ids=st.lists(text, max_size=2),
+)
 calls = st.builds(
     ModelCall,
     call_id=st.uuids().map(str),
@@ -63,6 +83,13 @@ calls = st.builds(
     finish_reason=st.none() | text,
     error=st.none() | text,
     policy_version=st.none() | text,
+    policy_version_last=st.none() | text,
+    continuation=st.sampled_from(["exact", "none"]),
+    fallback=st.none() | text,
+    edits=st.lists(text, max_size=2),
+    answer=answers,
+    replayed_from=st.none() | text,
+    tokenizer=text,
     sampling_requested=sampling,
     sampling=sampling,
     notes=st.lists(text, max_size=3),
@@ -113,6 +140,8 @@ def test_the_other_records(tmp_path: Path) -> None:
         ["claude", "-p", "it's"],
         engine="e",
         model="m",
+        keep_reasoning="always",
+        forked_from="r0/c0",
         started_at=1.5,
     )
     ended = Rollout(**{f: getattr(rollout, f) for f in rollout.__struct_fields__})
