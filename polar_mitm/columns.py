@@ -1,9 +1,11 @@
 """The calls of one rollout as columns of numpy arrays: what a store fills and reconstruction reads.
 
-No token is a Python object here. N calls; the lists of all calls lie one after the other in flat arrays, list `i`
-at `offsets[i] : offsets[i + 1]`. A prompt is kept as it is stored: on top of an earlier call,
+No token is a Python object here. N calls; the lists of all calls lie one after the other in flat arrays,
+list `i` at `offsets[i] : offsets[i + 1]`. A prompt is kept as it is stored, on top of an earlier call:
 
-    prompt(i) = (prompt + completion)(base[i])[: shared[i]] + suffix(i)        or suffix(i) where base[i] is NO_BASE
+    prompt(i) = (prompt + completion)(base[i])[: shared[i]] + suffix(i)
+
+or `suffix(i)` alone where `base[i]` is NO_BASE.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ LOST_BASE = -2  # it names a call that is not there, or that two records claim t
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lists:
-    """N lists in one array. `values` [sum of lengths]; `offsets` [N + 1] int64, not falling, `offsets[0] >= 0`.
+    """N lists in one array: `values` [sum of lengths], `offsets` [N + 1] int64, not falling.
 
-    `values` may hold more than the lists, before the first and after the last: a view of a larger buffer is fine.
+    `values` may hold more, before the first list and after the last: a view of a larger buffer is fine.
     """
 
     values: NDArray[np.int32] | NDArray[np.float32]
@@ -38,10 +40,10 @@ class Lists:
 class RolloutColumns:
     """N calls of one rollout, in any order; one element of each column per call.
 
-    `base` [N] int64 is the row that the prompt is stored on top of, or NO_BASE, or LOST_BASE; `shared` [N] int64.
-    `suffix` and `completion` hold int32 ids, `logprobs` float32 nats. `num_reported` [N] int64 is the engine's own
-    count of sampled tokens (`usage.completion_tokens`), 0 where it gave none. Everything else is the field of
-    `ModelCall` of (nearly) the same name.
+    `base` [N] int64 is the row that the prompt is stored on top of, or NO_BASE, or LOST_BASE; `shared` [N]
+    int64 is 0 without a base. `suffix` and `completion` hold int32 ids, `logprobs` float32 nats.
+    `num_reported` [N] int64 is the engine's own count of sampled tokens (`usage.completion_tokens`), 0 where
+    it gave none. Every other column is the field of `ModelCall` of that name.
     """
 
     rollout_id: str
@@ -57,7 +59,7 @@ class RolloutColumns:
     status: Sequence[str]
     role: Sequence[str]
     finish_reason: Sequence[str | None]
-    parent_call_ids: Sequence[str | None]
+    parent_call_id: Sequence[str | None]
     continuation: Sequence[str]
     fallback: Sequence[str | None]
     policy_version: Sequence[str | None]
