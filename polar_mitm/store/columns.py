@@ -1,0 +1,124 @@
+"""Rollouts out of a store as numpy arrays: no token becomes a Python object on the way.
+
+DuckDB decodes lists by the 2,048 rows, and rollouts that ran side by side share those rows. So several
+rollouts are read at once, as many as a bound on their tokens allows.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from polar_mitm.columns import LOST_BASE, NO_BASE, Lists, RolloutColumns, base_rows
+from polar_mitm.store.reader import StoreReader
+from polar_mitm.store.rows import quote
+
+_MAX_TOKENS = 8 << 20  # stored tokens of the rollouts that are read at once, 64 MiB; one may have more
+_MAX_ROLLOUTS = 256
+_LISTS = {"prompt_suffix": np.int32, "completion_token_ids": np.int32, "behaviour_logprobs": np.float32}
+_COLUMNS = """
+    SELECT call_id, rollout_id, prompt_parent_id, coalesce(prompt_shared, 0)::BIGINT AS prompt_shared,
+        coalesce(num_prompt, 0)::BIGINT AS num_prompt,
+        prompt_suffix, completion_token_ids, behaviour_logprobs,
+        coalesce(try_cast(usage ->> 'completion_tokens' AS BIGINT), 0) AS num_reported,
+        coalesce(started_at, 0.0) AS started_at, coalesce(delivered, false) AS delivered,
+        coalesce(status, 'failed') AS status, coalesce(role, 'main') AS role, finish_reason, parent_call_id,
+        coalesce(lineage ->> 'continuation', 'none') AS continuation, lineage ->> 'fallback' AS fallback,
+        policy_version, lineage ->> 'policy_version_last' AS policy_version_last,
+        lineage ->> 'replayed_from' AS replayed_from, coalesce(lineage ->> 'tokenizer', '') AS tokenizer,
+        coalesce(model_served, '') AS model_served
+    FROM stored_calls WHERE rollout_id IN ({ids})
+"""
+_PLAIN = (
+    "started_at", "delivered", "status", "role", "finish_reason", "parent_call_id", "continuation",
+    "fallback", "policy_version", "policy_version_last", "replayed_from", "tokenizer", "model_served",
+)  # fmt: skip
+
+
+def rollout_columns(reader: StoreReader, rollout_id: str) -> RolloutColumns:
+    """The calls of one rollout; none where the store has none of it.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    return next(each_rollout(reader, [rollout_id]))
+
+
+def each_rollout(reader: StoreReader, rollout_ids: Sequence[str]) -> Iterator[RolloutColumns]:
+    """The calls of each of these rollouts, in this order, a few rollouts in memory at a time.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    found = reader.sql(
+        "SELECT rollout_id, sum(len(prompt_suffix) + len(completion_token_ids))::BIGINT AS num_tokens "
+        "FROM stored_calls GROUP BY rollout_id"
+    )
+    num_tokens = dict(zip(found["rollout_id"].to_pylist(), found["num_tokens"].to_pylist(), strict=True))
+    group: list[str] = []
+    for rollout_id in rollout_ids:
+        group.append(rollout_id)
+        if len(group) > 1 and (
+            sum(num_tokens.get(r) or 0 for r in group) > _MAX_TOKENS or len(group) > _MAX_ROLLOUTS
+        ):
+            yield from _read(reader, group[:-1])
+            group = group[-1:]
+    if group:
+        yield from _read(reader, group)
+
+
+def _read(reader: StoreReader, rollout_ids: Sequence[str]) -> Iterator[RolloutColumns]:
+    table = reader.sql(_COLUMNS.format(ids=", ".join(map(quote, rollout_ids)))).combine_chunks()
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, rollout_id in enumerate(table["rollout_id"].to_pylist()):
+        rows_of[rollout_id].append(row)
+    whole = len(rows_of) == 1
+    for rollout_id in rollout_ids:
+        rows = rows_of[rollout_id]
+        yield _columns(rollout_id, table if whole and rows else table.take(pa.array(rows, pa.int64())))
+
+
+def _columns(rollout_id: str, table: pa.Table) -> RolloutColumns:
+    call_ids = table["call_id"].to_pylist()
+    suffix, completion, logprobs = (_lists(table[name], kind) for name, kind in _LISTS.items())
+    base = base_rows(call_ids, table["prompt_parent_id"].to_pylist())
+    shared = np.where(base == NO_BASE, 0, _ints(table["prompt_shared"]))
+    num_prompt = _ints(table["num_prompt"])
+    # A prompt that does not come out as long as it was is not that prompt.
+    num_base = np.where(base >= 0, (num_prompt + completion.lengths)[base], 0) if len(base) else shared
+    wrong = (shared + suffix.lengths != num_prompt) | ((base >= 0) & ((shared > num_base) | (shared < 0)))
+    return RolloutColumns(
+        rollout_id,
+        call_ids,
+        base=np.where(wrong, LOST_BASE, base),
+        shared=shared,
+        suffix=suffix,
+        completion=completion,
+        logprobs=logprobs,
+        num_reported=_ints(table["num_reported"]),
+        **{name: table[name].to_pylist() for name in _PLAIN},
+    )
+
+
+def _ints(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    return np.asarray(column.to_numpy(), dtype=np.int64)
+
+
+def _lists(column: pa.ChunkedArray, kind: Any) -> Lists:
+    """A list column as it lies in memory; a null is an empty list."""
+    chunk = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    if chunk.null_count:
+        lengths = chunk.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        values = chunk.flatten()
+    else:
+        offsets = chunk.offsets.to_numpy()
+        values = chunk.values
+    if values.null_count:
+        values = values.fill_null(-1)
+    return Lists(values.to_numpy().astype(kind, copy=False), offsets.astype(np.int64))
