@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from typing import Any, Literal, get_args
 
+import msgspec
+
 from polar_mitm.dialects.custom_tool import unwrap
 from polar_mitm.types import Message, TextPart, ToolCall, engine_tool_name
 
@@ -26,11 +28,18 @@ Edit = Literal[
 HARMLESS: tuple[Edit, ...] = get_args(Edit)
 
 
+def same(before: Message, now: Message) -> bool:
+    """Whether two messages read the same: their minted ids are not part of that."""
+    return before == now or msgspec.structs.replace(before, minted_ids=now.minted_ids) == now
+
+
 def edits_between(said: Message, echo: Message) -> list[Edit] | None:
     """The harmless edits that make `echo` of `said`, an answer of ours, in the order of `HARMLESS`.
 
     None where they differ otherwise. The minted ids count only as those of tool calls.
     """
+    if said == echo:
+        return []
     if echo.role != said.role or len(echo.tool_calls) != len(said.tool_calls):
         return None
     found: set[Edit] = set()

@@ -4,19 +4,25 @@ Every answer of ours carries ids that we minted, and harnesses echo them: the la
 history names the parent. An answer without a surviving id is found by what was asked and said. Then the whole
 history must be the parent's own, up to the declared harmless edits (`equivalence`); any other edit, another
 tool list or another system prompt means no parent. Nothing is joined by guess.
+
+Messages are compared as they stand, in C, and what requests share is kept once: a long session costs memory
+for its new messages only, and no digest or JSON work for the old ones.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Literal
 
 from msgspec import Struct, field
 
 from polar_mitm.dialects.ids import call_id_of
-from polar_mitm.equivalence import HARMLESS, edits_between
-from polar_mitm.types import ChatRequest, Message, ModelCall, Tool
+from polar_mitm.equivalence import HARMLESS, Edit, edits_between, same
+from polar_mitm.token_ids import TokenIds
+from polar_mitm.types import ChatRequest, ImagePart, Message, ModelCall, Tool
 
 Fallback = Literal[
     "first_call",  # no answer in the history
@@ -26,19 +32,20 @@ Fallback = Literal[
     "system_changed",
     "tools_changed",
     "parent_not_usable",  # it was cut off, failed, or left no token ids
-    "parent_evicted",  # it is too long ago, and its ids are forgotten
+    "parent_evicted",  # it is too long ago: its ids are forgotten
     "ambiguous",  # several calls fit, with different token ids
 ]
-"""Why `Lineage.find` found no parent."""
+"""Why `Lineage.find` finds no parent."""
 
 MAX_BYTES = 64 << 20
+_NUM_RECENT = 8  # calls that a new one is compared with, to keep once what they share
 
 
 class Known(Struct, eq=False):
     """A call that others may continue.
 
     `prompt_token_ids` [P], `completion_token_ids` [C]. `rendered` is what the engine's template made of its
-    messages, where that is known and not its prompt. `answer` is what was said, `messages` what was asked.
+    messages, where that is known. `messages` and `tools` are what was asked, `answer` what was said.
     """
 
     call_id: str
@@ -53,6 +60,8 @@ class Known(Struct, eq=False):
     delivered: bool = False
     num_continued: int = 0
     """How many known calls continue it."""
+    num_bytes: int = 0
+    """What it counts for in the memory of its `Lineage`."""
 
     @property
     def num_messages(self) -> int:
@@ -64,53 +73,38 @@ class Found(Struct):
     """What `Lineage.find` says: a `parent`, or a `fallback`, the reason why there is none.
 
     With a parent, `request.messages[:num_history]` ends with its answer, and `edits` are the harmless edits
-    of that history. `named` is the call whose answer is last in it, also where it cannot be continued.
+    that this history shows against what the parent saw and said. `named` is the call whose answer is last in
+    the history, also where it cannot be continued.
     """
 
     parent: Known | None = None
     fallback: Fallback | None = None
-    edits: list[str] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
     num_history: int = 0
     named: str | None = None
 
 
 class Lineage:
-    """The calls of one rollout. Not for several threads at once."""
+    """The calls of one rollout, those of the last `max_bytes`. For one thread.
+
+    It keeps the messages and tools of the requests it is given: they must not be changed afterwards.
+    """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
-        self._known: OrderedDict[str, Known] = OrderedDict()
+        self._num_bytes = 0
+        self._known: OrderedDict[str, Known] = OrderedDict()  # the one longest unused first
+        self._gone: dict[str, Fallback] = {}  # why a call of ours is not in `_known`
+        self._alias: dict[str, str] = {}  # the call that an answer was minted for -> the call that served it
+        self._texts: dict[tuple[int, str], list[Known]] = {}  # answers that may come back without an id
+        self._asked: dict[int, list[Known]] = {}  # by number of messages
 
     def find(self, request: ChatRequest) -> Found:
         """The call that `request` continues."""
-        answers = [n for n, message in enumerate(request.messages) if message.role == "assistant"]
-        if not answers:
-            return Found(fallback="first_call")
-        last = answers[-1]
-        named = [c for c in map(call_id_of, request.messages[last].minted_ids) if c]
-        if not named:
-            return Found(fallback="no_parent")
-        known = self._known.get(named[0])
-        if known is None:
-            return Found(fallback="no_parent", named=named[0])
-        return self._check(known, request, last)
-
-    def _check(self, known: Known, request: ChatRequest, at: int) -> Found:
-        if known.tools != request.tools:
-            return Found(fallback="tools_changed", named=known.call_id)
-        if known.num_messages != at:
-            return Found(fallback="history_edited", named=known.call_id)
-        edits: set[str] = set()
-        for ours, theirs in zip([*known.messages, known.answer], request.messages, strict=False):
-            if ours == theirs:
-                continue
-            if ours.role == "system":
-                return Found(fallback="system_changed", named=known.call_id)
-            some = edits_between(ours, theirs) if ours.role == "assistant" else None
-            if some is None:
-                return Found(fallback="history_edited", named=known.call_id)
-            edits.update(some)
-        return Found(known, None, [e for e in HARMLESS if e in edits], at + 1, known.call_id)
+        found = self._find(request)
+        if found.parent is not None:
+            self._known.move_to_end(found.parent.call_id)
+        return found
 
     def add(
         self,
@@ -119,23 +113,201 @@ class Lineage:
         rendered: bytes | Sequence[int] | None = None,
         stop_reason: str | int | None = None,
     ) -> None:
-        """Remember a call that has ended. One that was not answered to the end becomes no parent."""
+        """Remember a call that has ended; one that was not answered to its end never becomes a parent.
+
+        `rendered`: see `Known`. `stop_reason` is the engine's word (a stop string or id) where it gave one.
+        """
+        minted_for = call.replayed_from or call.call_id
         if call.status != "ok" or call.answer is None or not call.completion_token_ids:
+            self._gone[minted_for] = "parent_not_usable"
             return
-        self._known[call.call_id] = Known(
+        if call.replayed_from:
+            self._alias[call.replayed_from] = call.call_id
+        self._forget(call.call_id)
+        parent = self._known.get(call.parent_call_id or "")
+        if parent is not None:
+            parent.num_continued += 1
+        messages, tools, num_bytes = self._shared(parent, request)
+        known = Known(
             call.call_id,
             call.prompt_token_ids,
             call.completion_token_ids,
             call.finish_reason,
             stop_reason,
             call.answer,
-            request.messages,
-            request.tools,
+            messages,
+            tools,
             rendered,
             call.delivered,
         )
+        num_ids = (call.prompt_token_ids, call.completion_token_ids, rendered or ())
+        known.num_bytes = num_bytes + _size(call.answer) + 8 * len(messages) + sum(map(_num_bytes, num_ids))
+        self._known[call.call_id] = known
+        self._num_bytes += known.num_bytes
+        self._asked.setdefault(known.num_messages, []).append(known)
+        if not known.answer.tool_calls:
+            self._texts.setdefault(_place(known.num_messages, known.answer), []).append(known)
+        while self._num_bytes > self._max_bytes and len(self._known) > 1:
+            oldest = next(iter(self._known))
+            self._forget(oldest)
+            self._gone[oldest] = "parent_evicted"
 
     def restore(self, calls: Iterable[tuple[ModelCall, ChatRequest]]) -> None:
         """Remember stored calls, oldest first, as after a restart."""
         for call, request in calls:
             self.add(call, request)
+
+    # -- finding -------------------------------------------------------------------------------------
+
+    def _find(self, request: ChatRequest) -> Found:
+        fallback: Fallback = "first_call"
+        for at in range(len(request.messages) - 1, -1, -1):
+            message = request.messages[at]
+            if message.role == "assistant":
+                if (found := self._at(at, message, request)) is not None:
+                    return found
+                fallback = "no_parent"
+            elif message.role == "user" and message.minted_ids and fallback == "first_call":
+                fallback = "compacted"
+        return Found(fallback=fallback)
+
+    def _at(self, at: int, answer: Message, request: ChatRequest) -> Found | None:
+        """What the answer at `at` says about the parent; None for one that is not known to be ours."""
+        if answer.minted_ids:
+            call_id = call_id_of(answer.minted_ids[-1]) or ""
+            call_id = self._alias.get(call_id, call_id)
+            known = self._known.get(call_id)
+            if known is None:
+                return Found(fallback=self._gone.get(call_id, "no_parent"), named=call_id)
+            return _check(known, request, at)
+        checked = [_check(known, request, at) for known in self._texts.get(_place(at, answer), ())]
+        if fits := [found for found in checked if found.parent is not None]:
+            return _choose(fits)
+        if checked:
+            return checked[-1]
+        asked = request.messages[:at]
+        for known in self._asked.get(at, ()):
+            if known.messages == asked and known.tools == request.tools:  # and it said something else
+                return Found(fallback="history_edited", named=known.call_id)
+        return None
+
+    # -- memory --------------------------------------------------------------------------------------
+
+    def _shared(self, parent: Known | None, request: ChatRequest) -> tuple[list[Message], list[Tool], int]:
+        """The messages and tools of a request with those that are known already, and the bytes of the new."""
+        messages, tools = request.messages, request.tools
+        near = list(islice(reversed(self._known.values()), _NUM_RECENT))
+        if parent is not None and parent.messages == messages[: parent.num_messages]:
+            near = [parent]
+        ours: list[Message] = max((_common(known.messages, messages) for known in near), key=len, default=[])
+        new = messages[len(ours) :]
+        num_bytes = sum(map(_size, new))
+        shared = next((known.tools for known in near if known.tools == tools), None)
+        if shared is None:
+            num_bytes += sum(len(tool.description) + 1000 for tool in tools)
+        return [*ours, *new], tools if shared is None else shared, num_bytes
+
+    def _forget(self, call_id: str) -> None:
+        known = self._known.pop(call_id, None)
+        if known is None:
+            return
+        self._num_bytes -= known.num_bytes
+        _drop(self._asked, known.num_messages, known)
+        if not known.answer.tool_calls:
+            _drop(self._texts, _place(known.num_messages, known.answer), known)
+
+
+def lineage_of(calls: Iterable[tuple[ModelCall, ChatRequest]]) -> Iterator[tuple[ModelCall, Found]]:
+    """What `find` would have said to each call of a rollout as it began, in the order of their beginnings.
+
+    A call is a possible parent from its `ended_at` on.
+    """
+    lineage = Lineage()
+    pending: list[tuple[float, int, ModelCall, ChatRequest]] = []
+    for call, request in sorted(calls, key=lambda pair: (pair[0].started_at, pair[0].seq)):
+        while pending and pending[0][0] <= call.started_at:
+            lineage.add(*heapq.heappop(pending)[2:])
+        yield call, lineage.find(request)
+        ended_at = call.started_at if call.ended_at is None else call.ended_at
+        heapq.heappush(pending, (ended_at, call.seq, call, request))
+
+
+def _check(known: Known, request: ChatRequest, at: int) -> Found:
+    """Whether the answer at `at` and all before it are `known`'s."""
+
+    def no(reason: Fallback) -> Found:
+        return Found(fallback=reason, named=known.call_id)
+
+    messages = request.messages
+    if known.tools != request.tools:
+        return no("tools_changed")
+    if not _same_system(known.messages, messages):
+        return no("system_changed")
+    edits = edits_between(known.answer, messages[at])
+    if known.num_messages != at or edits is None:
+        return no("history_edited")
+    if known.messages != messages[:at]:
+        for before, now in zip(known.messages, messages, strict=False):
+            more = edits_between(before, now) if before.role == "assistant" else _unchanged(before, now)
+            if more is None:
+                return no("history_edited")
+            edits += more
+    return Found(known, None, [edit for edit in HARMLESS if edit in edits], at + 1, known.call_id)
+
+
+def _unchanged(before: Message, now: Message) -> list[Edit] | None:
+    return [] if same(before, now) else None
+
+
+def _choose(fits: list[Found]) -> Found:
+    """Of calls asked and answering the same: any where their ids are the same too, else the one that fits."""
+    fewest = min(len(found.edits) for found in fits)
+    fits = [found for found in fits if len(found.edits) == fewest]
+    known = [(found, found.parent) for found in fits if found.parent is not None]
+    if any(parent.delivered for _, parent in known):  # nobody echoes what he was not given
+        known = [(found, parent) for found, parent in known if parent.delivered]
+    first = known[0][1]
+    if all(_ids(parent) == _ids(first) for _, parent in known):
+        return min(known, key=lambda pair: pair[1].num_continued)[0]
+    fresh = [found for found, parent in known if not parent.num_continued]
+    return fresh[0] if len(fresh) == 1 else Found(fallback="ambiguous", named=first.call_id)
+
+
+def _ids(known: Known) -> tuple[Sequence[int], list[int]]:
+    return known.prompt_token_ids, known.completion_token_ids
+
+
+def _place(num_messages: int, answer: Message) -> tuple[int, str]:
+    return num_messages, answer.text.strip()
+
+
+def _same_system(before: list[Message], now: list[Message]) -> bool:
+    heads = [[m.content for m in islice(ms, 1) if m.role == "system"] for ms in (before, now)]
+    return heads[0] == heads[1]
+
+
+def _common(known: list[Message], messages: list[Message]) -> list[Message]:
+    """The longest beginning of `known` that `messages` share."""
+    if known == messages[: len(known)]:
+        return known
+    num = next((n for n, (a, b) in enumerate(zip(known, messages, strict=False)) if a != b), len(messages))
+    return known[:num]
+
+
+def _drop(index: dict[Any, list[Known]], key: Any, known: Known) -> None:
+    index[key].remove(known)
+    if not index[key]:
+        del index[key]
+
+
+def _size(message: Message) -> int:
+    """Roughly the bytes of a message."""
+    texts = [part.url if isinstance(part, ImagePart) else part.text for part in message.content]
+    texts += [message.reasoning or "", *(call.arguments for call in message.tool_calls)]
+    return 500 + sum(map(len, texts))
+
+
+def _num_bytes(ids: bytes | Sequence[int]) -> int:
+    if isinstance(ids, TokenIds):
+        return len(ids.text)
+    return len(ids) if isinstance(ids, bytes) else 40 * len(ids)
