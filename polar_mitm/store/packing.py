@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import array
 from collections.abc import Iterable
 
 import duckdb
-import numpy as np
+import msgspec
 
 from polar_mitm.store import rows
 from polar_mitm.store.bodies import NO_BASE, Base, Packer
@@ -34,8 +33,8 @@ class CallPacker:
         self._tips = Tips()
         self._bodies = Packer()
 
-    def pack(self, call: ModelCall) -> rows.Row:
-        """The row of a call, its secrets removed: columns `CALL`, `WIRE`, `TOKENS`, `LINEAGE`.
+    def pack(self, call: ModelCall) -> str:
+        """A call as `call_log` holds it, its secrets removed.
 
         Raises:
             AlreadyRecorded: its id is taken.
@@ -52,8 +51,6 @@ class CallPacker:
         shared = parent.num_ids if parent and whole else num_ids(text[:shared_bytes])
         suffix = checked(text[shared_bytes:].removeprefix(b","))
         completion = checked(ids_text(call.completion_token_ids))
-        # An array holds only what FLOAT can.
-        logprobs = np.frombuffer(array.array("f", call.behaviour_logprobs), np.float32)
         base = parent if parent and parent.hops < _MAX_HOPS else None
         known = credentials(call.wire)
         pack = self._bodies.pack
@@ -62,12 +59,12 @@ class CallPacker:
         _, response_frame = pack(call.wire.response_body, known, NO_BASE)
         _, answer_frame = pack(rows.answer_json(call.answer), known, NO_BASE)
         base_id = base.call_id if base else None
-        row = (
+        logged = rows.logged(
             *rows.call_row(call, parent.call_id if parent and shared else None, shared),
             *rows.wire_row(call.wire, known, base_id, request_frame, upstream_frame, response_frame),
-            b"[%b]" % suffix,
-            b"[%b]" % completion,
-            logprobs,
+            msgspec.Raw(b"[%b]" % suffix),
+            msgspec.Raw(b"[%b]" % completion),
+            rows.floats(call.behaviour_logprobs),
             *rows.lineage_row(call, answer_frame),
         )
         if text:
@@ -84,7 +81,7 @@ class CallPacker:
         self._seen[call.call_id] = None
         if len(self._seen) > _MAX_SEEN:
             del self._seen[next(iter(self._seen))]
-        return row
+        return logged
 
     def undo(self, call_ids: Iterable[str]) -> None:
         """These were not stored after all, and nothing packed later may stand on them."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import array
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.dataset  # DuckDB needs it at its first scan, when a capture is about to start
 
@@ -27,8 +28,7 @@ from polar_mitm.types import (
 Columns = Mapping[str, pa.DataType]
 Row = tuple[Any, ...]
 
-_STR, _INT, _BIG, _REAL, _FLAG = pa.string(), pa.int32(), pa.int64(), pa.float64(), pa.bool_()
-_BYTES = pa.large_binary()  # a commit may hold more than 2 GiB
+_STR, _INT, _REAL = pa.large_string(), pa.int32(), pa.float64()  # a commit may hold more than 2 GiB
 
 ROLLOUT: Columns = {
     "rollout_id": _STR, "group_id": _STR, "task_id": _STR, "sample_index": _INT, "harness": _STR,
@@ -36,22 +36,44 @@ ROLLOUT: Columns = {
     "incomplete": _STR, "engine": _STR, "model": _STR, "started_at": _REAL, "ended_at": _REAL,
     "keep_reasoning": _STR, "forked_from": _STR,
 }  # fmt: skip
-CALL: Columns = {
-    "call_id": _STR, "rollout_id": _STR, "seq": _BIG, "dialect": _STR, "route": _STR, "status": _STR,
-    "model_requested": _STR, "model_served": _STR, "role": _STR, "parent_call_id": _STR, "stream": _FLAG,
-    "delivered": _FLAG, "finish_reason": _STR, "error": _STR, "policy_version": _STR,
-    "sampling_requested": _STR, "sampling": _STR, "notes": _STR, "usage": _STR, "started_at": _REAL,
-    "first_token_at": _REAL, "ended_at": _REAL, "num_prompt": _INT,
-    "prompt_parent_id": _STR, "prompt_shared": _INT,
-}  # fmt: skip
-WIRE: Columns = {
-    "http": _STR, "body_base_id": _STR, "request_body": _BYTES, "upstream_body": _BYTES,
-    "response_body": _BYTES, "pacing": _BYTES,
-}  # fmt: skip
-TOKENS: Columns = {
-    "prompt_suffix": _STR, "completion_token_ids": _STR, "behaviour_logprobs": pa.list_(pa.float32()),
-}  # fmt: skip
-LINEAGE: Columns = {"lineage": _STR, "answer": _BYTES}
+_Big = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
+class _Call(msgspec.Struct):
+    """The columns of a call that describe it, with their types."""
+
+    call_id: str
+    rollout_id: str
+    seq: _Big
+    dialect: str
+    route: str
+    status: str
+    model_requested: str
+    model_served: str
+    role: str
+    parent_call_id: str | None
+    stream: bool
+    delivered: bool
+    finish_reason: str | None
+    error: str | None
+    policy_version: str | None
+    sampling_requested: str
+    sampling: str
+    notes: str
+    usage: str
+    started_at: float
+    first_token_at: float | None
+    ended_at: float | None
+    num_prompt: int
+    prompt_parent_id: str | None
+    prompt_shared: int
+
+
+CALL = _Call.__struct_fields__
+WIRE = ("http", "body_base_id", "request_body", "upstream_body", "response_body", "pacing")
+TOKENS = ("prompt_suffix", "completion_token_ids", "behaviour_logprobs")
+LINEAGE = ("lineage", "answer")
+LOG: Columns = {"record": _STR}
 REWARD: Columns = {
     "rollout_id": _STR, "name": _STR, "value": _REAL, "verifier": _STR, "evidence": _STR, "at": _REAL
 }  # fmt: skip
@@ -63,6 +85,7 @@ EGRESS: Columns = {
 KILLED_STOP_REASON = "the capture was killed"
 KILLED_INCOMPLETE = "the capture ended before the rollout did"
 
+_LOGGED = (*CALL, *WIRE, *TOKENS, *LINEAGE)
 _CALL_FIELDS = frozenset(ModelCall.__struct_fields__)
 _json = msgspec.json.Encoder()
 
@@ -129,6 +152,26 @@ def answer_of(body: bytes) -> Message | None:
     return msgspec.json.decode(body, type=Message) if body else None
 
 
+def floats(values: Sequence[float]) -> Sequence[float | str]:
+    """Logprobs as JSON can hold them. Raises TypeError or OverflowError for what FLOAT cannot."""
+    array.array("f", values)
+    return values if all(map(math.isfinite, values)) else [v if math.isfinite(v) else str(v) for v in values]
+
+
+def logged(*row: Any) -> str:
+    """A row of `CALL`, `WIRE`, `TOKENS` and `LINEAGE` as `call_log` holds it.
+
+    Raises:
+        ValueError: a value is not of its column's type.
+    """
+    columns = dict(zip(_LOGGED, row, strict=True))
+    try:
+        msgspec.convert(columns, _Call)  # what the log took in, its table must take
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
+    return _json.encode(columns).decode()
+
+
 class _Http(msgspec.Struct):
     """What the column `http` holds."""
 
@@ -186,7 +229,9 @@ class Source:
 
     def fill(self, rows: Sequence[Row]) -> None:
         """Hold `rows`. Raises ValueError, TypeError or OverflowError for what a column cannot hold."""
-        arrays = [_array(v, t) for v, t in zip(zip(*rows, strict=True), self._columns.values(), strict=True)]
+        arrays = [
+            pa.array(v, t) for v, t in zip(zip(*rows, strict=True), self._columns.values(), strict=True)
+        ]
         self._table = pa.Table.from_arrays(arrays, names=list(self._columns))
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
@@ -256,14 +301,6 @@ def lists(column: pa.ChunkedArray) -> list[list[Any]]:
             out.append(flat[at : at + length])
             at += length
     return out
-
-
-def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
-    if not pa.types.is_list(kind):
-        return pa.array(values, kind)
-    offsets = np.zeros(len(values) + 1, np.int32)
-    np.cumsum([len(v) for v in values], out=offsets[1:])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(values), kind.value_type))
 
 
 def _text(value: str | None) -> str | None:

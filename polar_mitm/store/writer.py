@@ -18,7 +18,7 @@ _MAX_WAL_BYTES = 16 << 20  # a longer log is a longer pause when it is compacted
 
 _SOURCES = {
     "new_rollouts": rows.ROLLOUT,
-    "new_calls": {**rows.CALL, **rows.WIRE, **rows.TOKENS, **rows.LINEAGE},
+    "new_calls": rows.LOG,
     "new_rewards": rows.REWARD,
     "new_egress": rows.EGRESS,
 }
@@ -31,9 +31,8 @@ _MERGE = f"""
 """
 _UPSERT = _MERGE.format(update=_SET + ", ")
 _MARK = _MERGE.format(update="")
-_INSERT_CALLS = """
-    INSERT INTO call_log SELECT * REPLACE (behaviour_logprobs::VARCHAR AS behaviour_logprobs) FROM new_calls
-"""
+_INSERT_CALLS = "INSERT INTO call_log FROM new_calls"
+_INSERT_CALL = "INSERT INTO call_log VALUES (?)"
 _INTERRUPT = f"""
     UPDATE rollout_rows SET
         status = 'interrupted',
@@ -43,13 +42,7 @@ _INTERRUPT = f"""
 """
 _INSERT_REWARDS = "INSERT INTO rewards FROM new_rewards"
 _INSERT_EGRESS = "INSERT INTO egress FROM new_egress"
-_MOVE_CALLS = """
-    INSERT INTO call_rows SELECT * REPLACE (
-        prompt_suffix::INTEGER[] AS prompt_suffix,
-        completion_token_ids::INTEGER[] AS completion_token_ids,
-        behaviour_logprobs::FLOAT[] AS behaviour_logprobs
-    ) FROM call_log
-"""
+_MOVE_CALLS = "INSERT INTO call_rows BY NAME FROM logged_calls"
 
 
 class FileVanished(OSError):
@@ -58,10 +51,10 @@ class FileVanished(OSError):
 
 @dataclass
 class Batch:
-    """What one transaction stores. `calls` are rows; `marks` says of a rollout why its record has holes."""
+    """What one transaction stores. `calls` are as logged; `marks` says why a rollout's record has holes."""
 
     rollouts: list[Rollout] = field(default_factory=list)
-    calls: list[rows.Row] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
     rewards: list[Reward] = field(default_factory=list)
     egress: list[EgressEvent] = field(default_factory=list)
     marks: dict[str, str] = field(default_factory=dict)
@@ -112,7 +105,7 @@ class StoreWriter:
         steps = [
             (_UPSERT, "new_rollouts", list(rollouts.values())),
             (_MARK, "new_rollouts", marks),
-            (_INSERT_CALLS, "new_calls", batch.calls),
+            (_INSERT_CALLS, "new_calls", [(call,) for call in batch.calls]),
             (_INSERT_REWARDS, "new_rewards", [rows.plain_row(r, rows.REWARD) for r in batch.rewards]),
             (_INSERT_EGRESS, "new_egress", [rows.plain_row(e, rows.EGRESS) for e in batch.egress]),
         ]
@@ -121,6 +114,9 @@ class StoreWriter:
             if len(steps) > 1:  # a single statement is a transaction
                 self.con.execute("BEGIN")
             for sql, source, values in steps:
+                if sql is _INSERT_CALLS and len(values) == 1:
+                    self.con.execute(_INSERT_CALL, values[0])  # a third cheaper than a scan
+                    continue
                 self._sources[source].fill(values)
                 self.con.execute(sql)
             if len(steps) > 1:
