@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from polar_mitm import __version__
-from polar_mitm.cli import calls, demo, doctor, engine, exits, run, trajectories, up
+from polar_mitm.cli import calls, demo, doctor, engine, exits, run, trajectories, up, verify
 from polar_mitm.cli.output import JsonFlag, print_json
 
 _SETUP, _CAPTURE, _READ = "Set up", "Capture", "Read (also while a capture runs)"
@@ -56,6 +56,7 @@ app.command("show", rich_help_panel=_READ, epilog=calls.SHOW_EXAMPLES)(calls.sho
 app.command("reconstruct", rich_help_panel=_READ, epilog=trajectories.RECONSTRUCT_EXAMPLES)(
     trajectories.reconstruct
 )
+app.command("verify", rich_help_panel=_READ, epilog=verify.EXAMPLES)(verify.verify)
 app.command("export", rich_help_panel=_READ, epilog=trajectories.EXPORT_EXAMPLES)(trajectories.export)
 
 

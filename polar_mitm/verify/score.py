@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator
 from typing import Protocol
 
 import numpy as np
@@ -29,33 +29,38 @@ class Scorer(Protocol):
 
 
 async def score(
-    examined: Examined,
-    scorer: Scorer,
-    weights: str | None,
-    tolerance: float,
-    on_scored: Callable[[int], None] = lambda num_tokens: None,
-) -> None:
-    """Compare one rollout's trajectories with scores of theirs.
+    examined: Examined, scorer: Scorer, weights: str | None, tolerance: float
+) -> AsyncIterator[int]:
+    """Compare one rollout's trajectories with scores of theirs; yields the length of each that is done.
 
     Args:
         weights: what the scorer holds (`weights_name`); calls sampled under others are left out and counted.
             None: whatever the calls were sampled under.
         tolerance: a token whose |drift| in nats is greater is an outlier.
-        on_scored: told the length of each trajectory that is done.
+
+    Raises:
+        EngineUnfit: the scorer fails as a whole.
     """
     examined.weights, examined.tolerance = weights, tolerance
     examined.skip(examined.paths)
+    waiting = [asyncio.create_task(_one(examined, path, scorer)) for path in examined.paths]
+    try:
+        for done in asyncio.as_completed(waiting):
+            yield await done
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
-    async def one(path: Path) -> None:
-        spans = examined.comparable(path)
-        if spans:
-            try:
-                scores = await scorer.score(path.token_ids[: spans[-1].end])
-            except Unscorable as error:
-                examined.leave_out("refused", sum(s.end - s.sampled_start for s in spans))
-                examined.complaints.append(f"{path.trajectory_id}: {error}")
-            else:
-                examined.compare(path, scores)
-        on_scored(path.token_ids.size)
 
-    await asyncio.gather(*map(one, examined.paths))
+async def _one(examined: Examined, path: Path, scorer: Scorer) -> int:
+    spans = examined.comparable(path)
+    if spans:
+        try:
+            scores = await scorer.score(path.token_ids[: spans[-1].end])
+        except Unscorable as error:
+            examined.leave_out("refused", sum(span.end - span.sampled_start for span in spans))
+            examined.complaints.append(f"{path.trajectory_id}: {error}")
+        else:
+            examined.compare(path, scores)
+    return path.token_ids.size
