@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
-from polar_mitm_addons.capture import Capture
+from mitmproxy import connection, http
+
+from polar_mitm_addons.capture import Capture, Session
 from polar_mitm_addons.egress import Egress
 from polar_mitm_addons.identify import Identify
 from polar_mitm_addons.intercept import Intercept
@@ -22,14 +25,24 @@ OPTIONS: dict[str, Any] = {
 """mitmproxy's options that our addons rely on."""
 
 
+class ModelCalls(Protocol):
+    """The addon that answers model calls: `Intercept`, or in a replay `ServeRecorded`."""
+
+    async def request(self, flow: http.HTTPFlow) -> None: ...
+
+    def client_disconnected(self, client: connection.Client) -> None: ...
+
+    async def end(self, session: Session | None = None) -> None: ...
+
+
 class Chain:
     """Our addons over one capture, in order. mitmproxy's `NextLayer` comes before them."""
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Capture, model_calls: Callable[[Capture], ModelCalls] = Intercept) -> None:
         self.capture = capture
         self.streaming = Streaming(capture.settings.max_body_bytes)
         self.listeners = Listeners(capture)
-        self.intercept = Intercept(capture)
+        self.intercept = model_calls(capture)
         self.metrics = Metrics()
         capture.observe = self.metrics.observe
         self.addons: list[Any] = [

@@ -11,6 +11,7 @@ import logging
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -23,8 +24,9 @@ from polar_mitm.config import Settings
 from polar_mitm.types import Rollout
 from polar_mitm.upstream.engine import EngineInfo
 from polar_mitm_addons.capture import Capture, Session, new_http
-from polar_mitm_addons.chain import OPTIONS, Chain
+from polar_mitm_addons.chain import OPTIONS, Chain, ModelCalls
 from polar_mitm_addons.dispatch import direct_handler
+from polar_mitm_addons.intercept import Intercept
 
 if TYPE_CHECKING:
     from polar_mitm.store import Recorder
@@ -35,11 +37,17 @@ class Serving:
 
     ca_pem = b""
 
-    def __init__(self, settings: Settings, engine: EngineInfo, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        engine: EngineInfo,
+        recorder: Recorder,
+        model_calls: Callable[[Capture], ModelCalls] = Intercept,
+    ) -> None:
         self.recorder = recorder
         self.engine = engine
         self.capture = Capture(settings, engine, recorder, new_http(settings))
-        self.chain = Chain(self.capture)
+        self.chain = Chain(self.capture, model_calls)
         self._open: dict[str, Rollout] = {}
 
     async def open_rollout(self, rollout: Rollout) -> Session:

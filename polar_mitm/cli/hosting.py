@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +17,11 @@ from polar_mitm.types import Rollout
 from polar_mitm.upstream.engine import EngineInfo
 
 if TYPE_CHECKING:
-    from polar_mitm_addons.capture import Session
+    from polar_mitm_addons.capture import Capture, Session
+    from polar_mitm_addons.chain import ModelCalls
     from polar_mitm_addons.interceptor import Interceptor
+
+    Replaying = Callable[[Capture], ModelCalls]
 
 
 @dataclass
@@ -120,8 +123,10 @@ class ControlHost:
 
 
 @asynccontextmanager
-async def embedded(settings: Settings, engine: EngineInfo, store: Path) -> AsyncIterator[EmbeddedHost]:
-    """An interceptor in this process, writing to `store`, until the block ends."""
+async def embedded(
+    settings: Settings, engine: EngineInfo, store: Path, replaying: Replaying | None = None
+) -> AsyncIterator[EmbeddedHost]:
+    """An interceptor in this process, writing to `store`, until the block ends; or one that replays."""
     from polar_mitm.store import Recorder
     from polar_mitm_addons.interceptor import Interceptor
 
@@ -130,9 +135,10 @@ async def embedded(settings: Settings, engine: EngineInfo, store: Path) -> Async
         flush_interval_s=settings.flush_interval_s,
         on_alarm=lambda text: say(f"store: {text}", style="red"),
     )
+    model_calls = {} if replaying is None else {"model_calls": replaying}
     await asyncio.to_thread(recorder.open)
     try:
-        async with Interceptor(settings, engine, recorder) as interceptor:
+        async with Interceptor(settings, engine, recorder, **model_calls) as interceptor:
             yield EmbeddedHost(interceptor)
     finally:
         await asyncio.to_thread(recorder.close)

@@ -54,6 +54,8 @@ class Job:
     never_visible: Sequence[Path] = ()
     group_id: str | None = None
     task_id: str | None = None
+    sample_index: int = 0
+    forked_from: str | None = None
     stdin: int | None = None
     """Descriptor that the command reads from; /dev/null by default."""
     stdout: int | None = None
@@ -73,6 +75,8 @@ async def run_rollout(job: Job, host: Host) -> Outcome:
         new_id(),
         group_id=job.group_id,
         task_id=job.task_id,
+        sample_index=job.sample_index,
+        forked_from=job.forked_from,
         harness=job.name,
         harness_version=job.version,
         command=list(job.command),

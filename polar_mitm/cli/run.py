@@ -97,7 +97,7 @@ def run(
     if task_dir is not None and not task_dir.is_dir():
         fail(f"--task-dir: {task_dir} is not a directory")
     job = prepare(harness, command or [], prompt)
-    job.env = {**job.env, **_pairs(env or [])}
+    job.env = {**job.env, **pairs(env or [])}
     job.read_only = [*job.read_only, *(path.absolute() for path in read_only or [])]
     job.timeout_s, job.group_id, job.task_id = timeout, group, task
     # Not by default: Codex reads a stdin that is no terminal to its end before it starts.
@@ -108,7 +108,7 @@ def run(
     settings = settings_from(config, max_tokens=max_tokens)
     settings = settings.model_copy(update={"hosts": {**job.hosts, **settings.hosts}})
     info = None if control else probed(engine or settings.engine, model or settings.engine_model)
-    with _workspace(task_dir) as job.workdir:
+    with workspace(task_dir) as job.workdir:
         outcome = loop.run(_run(job, settings, info, store, control))
     tell_outcome(outcome, job.workdir if job.workdir.exists() else None, json)
     raise typer.Exit(outcome.exit_code)
@@ -208,7 +208,7 @@ def tell_outcome(outcome: Outcome, workspace: Path | None, json: bool) -> None:
 
 
 @contextmanager
-def _workspace(task_dir: Path | None) -> Iterator[Path]:
+def workspace(task_dir: Path | None) -> Iterator[Path]:
     """The task's directory, or a new one, which goes if nothing is left in it."""
     if task_dir is not None:
         yield task_dir.absolute()
@@ -232,7 +232,7 @@ def _hint(store: Path) -> None:
         )
 
 
-def _pairs(given: Sequence[str]) -> dict[str, str]:
+def pairs(given: Sequence[str]) -> dict[str, str]:
     pairs = {}
     for each in given:
         name, mark, value = each.partition("=")

@@ -1,0 +1,252 @@
+"""`polar-mitm replay`: a recorded rollout once more, on its recorded answers; live from some call on."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from polar_mitm.cli import loop
+from polar_mitm.cli.engine import EngineOption, ModelOption, probed
+from polar_mitm.cli.exits import NO, fail
+from polar_mitm.cli.output import JsonFlag, plural, print_json, print_table, say, short, tell
+from polar_mitm.cli.reading import StoreOption, chosen, reading
+from polar_mitm.cli.rollout import Job, Outcome, run_rollout
+from polar_mitm.cli.run import install, pairs, workspace
+from polar_mitm.cli.settings import ConfigOption, settings_from
+from polar_mitm.config import Settings
+from polar_mitm.dialects.routes import ERROR_DIALECT
+from polar_mitm.replay import Replay, ReplayReport, Step
+from polar_mitm.types import ModelCall, Rollout
+from polar_mitm.upstream.engine import EngineInfo
+
+EXAMPLES = (
+    "$ polar-mitm replay 7Q2ZK8 -s runs.duckdb --fast\n\n"
+    "$ polar-mitm replay 7Q2ZK8 -s runs.duckdb --task-dir ./task --json | jq .steps\n\n"
+    "$ polar-mitm replay 7Q2ZK8 -s runs.duckdb --fork-at 5PDT2A --engine http://gpu-box:8000"
+)
+_MIN_TIMEOUT_S = 60.0
+_LATER = 3.0
+"""A replay may take this many times as long as what it replays before it counts as stuck."""
+_PROVIDERS = {dialect: provider for provider, dialect in ERROR_DIALECT.items()}
+
+
+def replay(
+    rollout: Annotated[str, typer.Argument(metavar="ROLLOUT", help="A rollout's id, or the end of it.")],
+    store: StoreOption,
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- COMMAND", help="What to run instead of the recorded command."),
+    ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Answer as fast as possible, not at the recorded pace.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="DuckDB file to record the fresh run into; a fork's is --store."),
+    ] = None,
+    fork_at: Annotated[
+        str | None,
+        typer.Option(metavar="CALL", help="Replay up to this call, and ask the engine from there on."),
+    ] = None,
+    engine: EngineOption = None,
+    model: ModelOption = "",
+    config: ConfigOption = None,
+    harness: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Recipe, where it is not the recorded one's name.")
+    ] = None,
+    task_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Becomes /workspace, read-write; else a new directory.")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.1, metavar="S", help="Seconds after which all of it is killed.")
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="For the command; repeatable.")
+    ] = None,
+    read_only: Annotated[
+        list[Path] | None, typer.Option(metavar="PATH", help="Further host path to show; repeatable.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Run a recorded rollout again on its recorded answers.
+
+    The same harness runs in a new sandbox, without an engine: each of its
+    model calls gets the bytes that the recorded one got. What it asks is
+    compared, field by field, after a declared list of what varies between any
+    two runs. Give it what the recorded run had: its files by --task-dir, its
+    variables by --env.
+
+    --fork-at goes on live from a call, as a new rollout of the same group, on
+    exactly the recorded tokens.
+
+    Exit code 0 if every recorded call was reached and none differed, else 1.
+    What the harness prints goes to stderr.
+    """
+    if fork_at is None and (engine or model):
+        fail("a replay asks no engine; --fork-at CALL goes on with one")
+    if task_dir is not None and not task_dir.is_dir():
+        fail(f"--task-dir: {task_dir} is not a directory")
+    if out is not None and out.is_dir():
+        fail(f"--out takes a file, and {out} is a directory")
+    recorded, calls, siblings = _recorded(store, rollout)
+    job = _job(recorded, harness, command or [])
+    job.env = {**job.env, **pairs(env or [])}
+    job.read_only = [*job.read_only, *(path.absolute() for path in read_only or [])]
+    job.timeout_s = timeout or _deadline(recorded)
+    job.never_visible = [store, *([out] if out else [])]
+    job.stdout = sys.stderr.fileno()
+    settings = settings_from(config)
+    seen = {call.wire.host: _PROVIDERS[call.dialect] for call in calls if call.wire.host}
+    settings = settings.model_copy(update={"hosts": {**seen, **job.hosts, **settings.hosts}})
+    info = EngineInfo("", recorded.model)
+    if fork_at is not None:
+        fork_at = _call_id(calls, fork_at)
+        job.group_id, job.task_id = recorded.group_id, recorded.task_id
+        job.sample_index = 1 + max(siblings)
+        job.forked_from = f"{recorded.rollout_id}/{fork_at}"
+        info = probed(engine or settings.engine, model or settings.engine_model)
+    cut_off = recorded.status in ("timeout", "interrupted")
+    playing = Replay(recorded.rollout_id, calls, fork_at=fork_at, cut_off=cut_off)
+    with workspace(task_dir) as job.workdir, _written(out or (store if fork_at else None)) as written:
+        outcome = loop.run(_run(job, settings, info, written, playing, fast))
+    report = playing.report()
+    same_end = fork_at is not None or cut_off or outcome.exit_code == recorded.exit_code
+    told = {
+        **msgspec.to_builtins(report),
+        "faithful": report.faithful and same_end,
+        "exit_code": outcome.exit_code,
+        "recorded_exit_code": recorded.exit_code,
+        "run": {**asdict(outcome), "store": written if out or fork_at else None},
+    }
+    if json:
+        print_json(told)
+    else:
+        _tell(report, outcome, recorded, same_end)
+    raise typer.Exit(0 if told["faithful"] else NO)
+
+
+async def _run(
+    job: Job, settings: Settings, info: EngineInfo, store: Path, playing: Replay, fast: bool
+) -> Outcome:
+    from polar_mitm.cli.hosting import embedded
+    from polar_mitm_addons.replay import ServeRecorded
+
+    async with embedded(
+        settings, info, store, lambda capture: ServeRecorded(capture, playing, fast=fast)
+    ) as host:
+        return await run_rollout(job, host)
+
+
+def _recorded(store: Path, rollout: str) -> tuple[Rollout, list[ModelCall], list[int]]:
+    """The rollout, its calls whole, and the sample indices of its group."""
+    with reading(store) as reader:
+        (found,) = chosen(reader, rollout)
+        calls = reader.calls(found.rollout_id, wire=True)
+        group = [r for r in reader.rollouts() if found.group_id and r.group_id == found.group_id]
+    if not calls:
+        fail(f"rollout {found.rollout_id} has no calls: there is nothing to replay")
+    if found.incomplete:
+        say(f"the record is incomplete, and may not reach its end: {found.incomplete}", style="yellow")
+    redacted = sum(b"<redacted:" in call.wire.response_body for call in calls)
+    if redacted:
+        say(f"{plural(redacted, 'answer')} had secrets, which the record has not", style="yellow")
+    return found, calls, [r.sample_index for r in [found, *group]]
+
+
+def _job(recorded: Rollout, harness: str | None, command: Sequence[str]) -> Job:
+    """The recorded command with the recipe's program of today, or any other command."""
+    from polar_mitm_sandbox import recipes
+
+    name = harness or recorded.harness
+    if not harness and name not in recipes.available():
+        return Job(list(command or recorded.command), name=recorded.harness)
+    recipe = recipes.load(name)
+    if recipe.version != recorded.harness_version:
+        was = recorded.harness_version or "an unknown version"
+        say(f"recorded with {recorded.harness} {was}, replayed with {recipe.version}", style="yellow")
+    installed = install(recipe) if recipe.install.package else None
+    program = list(installed.command) if installed else [recipe.install.binary]
+    given = list(command or recorded.command)
+    names = [Path(each).name for each in given[: len(program)]]
+    own = names == [Path(each).name for each in program]
+    return Job(
+        [*program, *given[len(program) :]] if own else given,
+        name=recipe.name,
+        version=recipe.version,
+        env=recipe.env,
+        home=recipe.home,
+        read_only=list(installed.ro_paths) if installed else [],
+        path=installed.path if installed else (),
+        hosts=recipe.hosts,
+    )
+
+
+def _deadline(recorded: Rollout) -> float:
+    took = (recorded.ended_at or recorded.started_at) - recorded.started_at
+    return max(_MIN_TIMEOUT_S, _LATER * took)
+
+
+def _call_id(calls: Sequence[ModelCall], given: str) -> str:
+    ids = [call.call_id for call in calls]
+    exact = [i for i in ids if i == given]
+    found = exact or [i for i in ids if given and (i.startswith(given) or i.endswith(given))]
+    if len(found) != 1:
+        fail(f"--fork-at: {given!r} is {'no call' if not found else 'several calls'} of this rollout")
+    return found[0]
+
+
+@contextmanager
+def _written(store: Path | None) -> Iterator[Path]:
+    """Where the fresh run is recorded; nowhere for good unless it is asked for."""
+    if store is not None:
+        yield store
+        return
+    with tempfile.TemporaryDirectory(prefix="polar-mitm-replay-") as folder:
+        yield Path(folder, "replay.duckdb")
+
+
+def _tell(report: ReplayReport, outcome: Outcome, recorded: Rollout, same_end: bool) -> None:
+    tell(
+        f"replay of rollout {report.rollout_id}  {recorded.harness} {recorded.harness_version}", style="bold"
+    )
+    print_table("request,answered from,outcome,first divergence", [_row(step) for step in report.steps])
+    for call_id in report.unreached:
+        tell(f"never asked: call {call_id}")
+    if report.forked_at and not report.forked:
+        tell(f"the fork at {report.forked_at} was not reached", style="red")
+    if not same_end:
+        tell(
+            f"the harness ended with {outcome.exit_code}, in the record with {recorded.exit_code}",
+            style="red",
+        )
+    differing = sum(step.outcome in ("diverged", "unmatched") for step in report.steps)
+    verdict = "reached the end without divergence" if not differing and same_end else "did not go as recorded"
+    if report.unreached:
+        verdict = "did not reach the end"
+    if report.forked:
+        verdict = (
+            f"forked at {short(report.forked_at or '')}; rollout {outcome.rollout_id} in {outcome.store}"
+        )
+    tell(
+        f"{report.num_served} of {plural(report.num_recorded, 'recorded call')} served, "
+        f"{plural(differing, 'request')} differing, {outcome.seconds:.1f} s: {verdict}"
+    )
+
+
+def _row(step: Step) -> tuple[Any, ...]:
+    first = step.first
+    text = step.note or ""
+    if first is not None:
+        more = f" and {step.num_divergences - 1} more" if step.num_divergences > 1 else ""
+        text += (
+            f"{'; ' if text else ''}{first.field} {first.kind}: {first.recorded!r} -> {first.live!r}{more}"
+        )
+    return step.number, short(step.recorded or ""), step.outcome, text

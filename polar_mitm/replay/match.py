@@ -1,0 +1,116 @@
+"""Which recorded call a live request is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from polar_mitm.dialects.ids import call_id_of
+from polar_mitm.dialects.registry import DIALECTS
+from polar_mitm.errors import PolarError
+from polar_mitm.replay.compare import Divergence, differences
+from polar_mitm.replay.normalise import RULES, Normal, Rule, normalise
+from polar_mitm.types import ModelCall, Wire
+
+
+class Asked(NamedTuple):
+    """What has to be equal for a recorded answer to be an answer at all: the same kind of call, in the same
+    wire format, at the same place of the conversation.
+
+    `echoed` are the calls whose answers are in the history.
+    """
+
+    dialect: str
+    method: str
+    path: str
+    role: str
+    model: str
+    stream: bool
+    echoed: frozenset[str]
+
+
+class Match(NamedTuple):
+    """A live request and the recorded call that it is; `call` is None where it is none of those that wait.
+
+    `nearest` is then the next one at the same endpoint; `divergences` are from either.
+    """
+
+    call: ModelCall | None
+    nearest: ModelCall | None
+    divergences: list[Divergence]
+    rules: list[str]
+    again: str | None = None
+    """A call that was served already and asked exactly this."""
+
+
+class Recording:
+    """The recorded calls that still wait for their request. Each is taken once."""
+
+    def __init__(self, calls: Iterable[ModelCall], rules: Sequence[Rule] = RULES) -> None:
+        self.rules = rules
+        self.calls = sorted(calls, key=lambda call: call.seq)
+        self.waiting = {call.call_id: call for call in self.calls}
+        self._served: dict[bytes, str] = {}
+        self._groups: dict[Asked, list[tuple[bytes, ModelCall]]] = defaultdict(list)
+        for call in self.calls:
+            digest = _digest(normalise(call.wire, rules))
+            self._groups[asked(call.dialect, call.wire)].append((digest, call))
+
+    def match(self, dialect: str, wire: Wire) -> Match:
+        """The recorded call that a request is: the one that asked exactly this, else the one that differs in
+        the fewest fields; the earliest of several."""
+        normal = normalise(wire, self.rules)
+        digest, what = _digest(normal), asked(dialect, wire)
+        found = [(d, c) for d, c in self._groups.get(what, []) if c.call_id in self.waiting]
+        for recorded, call in found:
+            if recorded == digest:
+                return Match(call, None, [], normal.rules)
+        by_distance = [(self._differences(call, normal), call) for _, call in found]
+        if by_distance:
+            divergences, call = min(by_distance, key=lambda each: len(each[0]))
+            return Match(call, None, divergences, normal.rules)
+        near = (c for c in self.waiting.values() if (c.dialect, _path(c.wire)) == (dialect, what.path))
+        nearest = next(near, None)
+        divergences = self._differences(nearest, normal) if nearest else []
+        return Match(None, nearest, divergences, normal.rules, self._served.get(digest))
+
+    def take(self, call: ModelCall) -> None:
+        """The call is served: it waits no longer."""
+        del self.waiting[call.call_id]
+        self._served[_digest(normalise(call.wire, self.rules))] = call.call_id
+
+    def _differences(self, call: ModelCall, normal: Normal) -> list[Divergence]:
+        return list(differences(normalise(call.wire, self.rules).tree, normal.tree))
+
+
+def asked(dialect: str, wire: Wire) -> Asked:
+    """See `Asked`. A request that its dialect cannot read has no model and no history."""
+    headers = {name.lower(): value for name, value in wire.request_headers}
+    known = DIALECTS[dialect]
+    try:
+        request = known.decode(wire.request_body, headers, wire.path)
+    except PolarError:
+        return Asked(dialect, wire.method, _path(wire), "main", "", False, frozenset())
+    echoed = {call_id_of(each) for message in request.messages for each in message.minted_ids} - {None}
+    role = known.role(headers, request)
+    return Asked(
+        dialect,
+        wire.method,
+        _path(wire),
+        role,
+        request.model,
+        request.stream,
+        frozenset(filter(None, echoed)),
+    )
+
+
+def _path(wire: Wire) -> str:
+    return wire.path.partition("?")[0]
+
+
+def _digest(normal: Normal) -> bytes:
+    return hashlib.blake2b(msgspec.json.encode(normal.tree), digest_size=16).digest()

@@ -1,0 +1,200 @@
+"""What of a request may differ between two runs of the same harness, and nothing else: a declared list.
+
+Two runs of a program never send the same bytes: sessions have ids, messages have times, a head carries a
+checksum. `RULES` names every such place, found by recording real programs twice and comparing; what no rule
+names must be equal. Ids are numbered in the order of their first appearance in the request, so that two that
+were equal in one run have to be equal in the other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from polar_mitm.types import Wire
+
+VERSION = 1
+"""Goes up with each change of what `RULES` lists or does."""
+
+How = Literal[
+    "ignore",  # the field is not compared, nor whether it is there
+    "parse",  # the text is JSON, and compared as such
+    "unorder",  # the order of an object's keys says nothing
+    "number",  # an id: numbered by first appearance
+    "mask",  # a time, a duration, a checksum: replaced by the rule's name
+]
+
+
+class Rule(Struct, frozen=True):
+    """One thing that varies.
+
+    `where` is a path such as `body.input.*.id`: `*` is one key or index, `**` any number of them. `pattern`
+    finds what varies in the text there; without one it is the whole value.
+    """
+
+    name: str
+    where: str
+    how: How
+    pattern: str = ""
+
+
+_UUID = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+_DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
+_TURN = "body.client_metadata.x-codex-turn-metadata"
+
+RULES: tuple[Rule, ...] = (
+    # Any client.
+    Rule("credential", "headers.authorization", "ignore"),
+    Rule("credential", "headers.x-api-key", "ignore"),
+    Rule("length", "headers.content-length", "ignore"),  # of a body that is compared itself
+    Rule("request_id", "headers.x-client-request-id", "number", _UUID),
+    # Claude Code.
+    Rule("session_id", "headers.x-claude-code-session-id", "number", _UUID),
+    Rule("prompt_id", "headers.x-claude-code-prompt-id", "number", _UUID),
+    Rule("duration", "headers.x-claude-code-prev-tool-durations", "mask", r"(?<==)\d+"),
+    Rule("checksum", "body.system.*.text", "mask", "(?<= cch=)[0-9a-f]+"),
+    Rule("prompt_id", "body.system.*.text", "number", f"(?<= cc_prompt_id=){_UUID}"),
+    Rule("user_id", "body.metadata.user_id", "parse"),
+    Rule("device_id", "body.metadata.user_id.device_id", "number", "[0-9a-f]{64}"),
+    Rule("session_id", "body.metadata.user_id.session_id", "number", _UUID),
+    Rule("date", "body.messages.**", "mask", f"(?<=Today's date is ){_DATE}"),
+    # Codex.
+    Rule("session_id", "headers.session-id", "number", _UUID),
+    Rule("thread_id", "headers.thread-id", "number", _UUID),
+    Rule("window_id", "headers.x-codex-window-id", "number", _UUID),
+    Rule("turn_metadata", "headers.x-codex-turn-metadata", "parse"),
+    Rule("turn_metadata", "headers.x-codex-turn-metadata.*", "number", _UUID),
+    Rule("turn_time", "headers.x-codex-turn-metadata.turn_started_at_unix_ms", "mask"),
+    Rule("metadata_order", "body.client_metadata", "unorder"),  # a hash map, written in any order
+    Rule("client_metadata", "body.client_metadata.*", "number", _UUID),
+    Rule("turn_metadata", _TURN, "parse"),
+    Rule("turn_metadata", f"{_TURN}.*", "number", _UUID),
+    Rule("turn_time", f"{_TURN}.turn_started_at_unix_ms", "mask"),
+    Rule("cache_key", "body.prompt_cache_key", "number", _UUID),
+    Rule("item_id", "body.input.*.id", "number", _UUID),
+    Rule("turn_id", "body.input.*.internal_chat_message_metadata_passthrough.turn_id", "number", _UUID),
+    Rule("item_time", "body.input.*.internal_chat_message_metadata_passthrough.create_time", "mask"),
+    Rule("date", "body.input.*.content.*.text", "mask", f"(?<=<current_date>){_DATE}"),
+    Rule("chunk_id", "body.input.*.output", "mask", "(?<=^Chunk ID: )[0-9a-f]+"),
+    Rule("duration", "body.input.*.output", "mask", r"(?m)(?<=^Wall time: )[0-9.]+(?= seconds$)"),
+    Rule("duration", "body.input.*.output.*.text", "mask", r"(?m)(?<=^Wall time )[0-9.]+(?= seconds$)"),
+    Rule("chunk_id", "body.input.*.output.*.text", "mask", r'(?<=^\{"chunk_id":")[0-9a-f]+'),
+    Rule("duration", "body.input.*.output.*.text", "mask", r'(?<="wall_time_seconds":)[0-9.e-]+'),
+)
+
+
+class Normal(Struct):
+    """A request with what varies taken out. `rules` are the names of those that had something to do.
+
+    `tree` has `method`, `host`, `path`, `body` (JSON, or text where it is none) and `headers`.
+    """
+
+    tree: dict[str, Any]
+    rules: list[str]
+
+
+def normalise(wire: Wire, rules: Sequence[Rule] = RULES) -> Normal:
+    """The request of `wire`, ready to be compared."""
+    tree = {
+        "method": wire.method,
+        "host": wire.host,
+        "path": wire.path,
+        "body": _body(wire.request_body),
+        "headers": _headers(wire.request_headers),
+    }
+    walk = _Walk()
+    walked = walk(tree, [(rule, parts, 0) for rule in rules for parts in (_parts(rule.where),)])
+    return Normal(walked, sorted(walk.used))
+
+
+def _body(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return body.decode("utf-8", "replace")
+
+
+def _headers(items: list[tuple[str, str]]) -> dict[str, str]:
+    """By lower-case name; a name that comes several times has its values joined (RFC 9110, section 5.3)."""
+    out: dict[str, str] = {}
+    for name, value in items:
+        key = name.lower()
+        out[key] = f"{out[key]}, {value}" if key in out else value
+    return out
+
+
+_Active = tuple[Rule, tuple[str, ...], int]
+"""A rule, its path's parts, and how many of them lead to where the walk is."""
+_GONE = object()
+
+
+class _Walk:
+    """One walk through one request: rules apply on the way down."""
+
+    def __init__(self) -> None:
+        self.used: set[str] = set()
+        self._numbers: dict[str, int] = {}
+
+    def __call__(self, value: Any, active: list[_Active]) -> Any:
+        for rule, parts, done in active:
+            if done == len(parts) or parts[done:] == ("**",):
+                value = self._apply(rule, value)
+                if value is _GONE:
+                    return value
+        if isinstance(value, dict):
+            walked = {k: self(v, self._below(active, k)) for k, v in value.items()}
+            return {k: v for k, v in walked.items() if v is not _GONE}
+        if isinstance(value, list):
+            below = self._below(active, "*")
+            return [self(v, below) for v in value]
+        return value
+
+    def _below(self, active: list[_Active], key: str) -> list[_Active]:
+        found = []
+        for rule, parts, done in active:
+            if done == len(parts):
+                continue
+            if parts[done] == "**":
+                found.append((rule, parts, done))
+                done += 1
+            if done < len(parts) and parts[done] in ("*", key):
+                found.append((rule, parts, done + 1))
+        return found
+
+    def _apply(self, rule: Rule, value: Any) -> Any:
+        if rule.how == "ignore":
+            self.used.add(rule.name)
+            return _GONE
+        if rule.how == "unorder":
+            return dict(sorted(value.items())) if isinstance(value, dict) else value
+        if rule.how == "parse":
+            return _body(value.encode()) if isinstance(value, str) and value[:1] in ("{", "[") else value
+        if not rule.pattern:
+            self.used.add(rule.name)
+            return self._stand_in(rule, str(value))
+        if not isinstance(value, str):
+            return value
+        replaced, times = _regex(rule.pattern).subn(lambda m: self._stand_in(rule, m[0]), value)
+        if times:
+            self.used.add(rule.name)
+        return replaced
+
+    def _stand_in(self, rule: Rule, text: str) -> str:
+        if rule.how == "mask":
+            return f"<{rule.name}>"
+        return f"<id {self._numbers.setdefault(text, len(self._numbers) + 1)}>"
+
+
+@lru_cache(maxsize=1024)
+def _parts(where: str) -> tuple[str, ...]:
+    return tuple(where.split("."))
+
+
+@lru_cache(maxsize=1024)
+def _regex(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
