@@ -23,7 +23,7 @@ from polar_mitm.store.hold import Hold
 from polar_mitm.store.inbox import Inbox, Item, Record
 from polar_mitm.store.packing import AlreadyRecorded
 from polar_mitm.store.schema import NotAStore
-from polar_mitm.store.writer import Batch, FileVanished
+from polar_mitm.store.writer import Batch, FileVanished, RolloutSealed
 from polar_mitm.types import EgressEvent, ModelCall, Reward, Rollout
 
 _log = logging.getLogger(__name__)
@@ -185,6 +185,7 @@ class Recorder:
         """Add a record to a batch; False when it cannot be."""
         record = item.record
         try:
+            self._held().writer.check_open(record.rollout_id)
             match record:
                 case ModelCall():
                     batch.calls.append(self._held().writer.packer.pack(record))
@@ -195,7 +196,9 @@ class Recorder:
                     batch.rewards.append(record)
                 case EgressEvent():
                     batch.egress.append(record)
-        except AlreadyRecorded as error:
+        except (AlreadyRecorded, RolloutSealed) as error:
+            if isinstance(error, RolloutSealed):
+                self._incomplete.setdefault(record.rollout_id, str(error))
             self._alarm(str(error))
             item.resolve(False)
             return False

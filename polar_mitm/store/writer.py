@@ -33,7 +33,7 @@ _UPSERT = _MERGE.format(update=_SET + ", ")
 _MARK = _MERGE.format(update="")
 _INSERT_CALLS = "INSERT INTO call_log FROM new_calls"
 _INSERT_CALL = "INSERT INTO call_log VALUES (?)"
-_INTERRUPT = f"""
+INTERRUPT = f"""
     UPDATE rollout_rows SET
         status = 'interrupted',
         stop_reason = {rows.quote(rows.KILLED_STOP_REASON)},
@@ -43,6 +43,10 @@ _INTERRUPT = f"""
 _INSERT_REWARDS = "INSERT INTO rewards FROM new_rewards"
 _INSERT_EGRESS = "INSERT INTO egress FROM new_egress"
 _MOVE_CALLS = "INSERT INTO call_rows BY NAME FROM logged_calls"
+
+
+class RolloutSealed(Exception):
+    """A record of a rollout that `polar-mitm seal` has closed."""
 
 
 class FileVanished(OSError):
@@ -77,16 +81,22 @@ class StoreWriter:
         try:
             schema.migrate(self.con)
             if takeover:
-                self.con.execute(_INTERRUPT)
+                self.con.execute(INTERRUPT)
             self._sources = {name: rows.Source(columns) for name, columns in _SOURCES.items()}
             for name, source in self._sources.items():
                 self.con.register(name, source)
             self.packer = CallPacker(self.con)
+            self._sealed = {row[0] for row in self.con.execute("SELECT rollout_id FROM seals").fetchall()}
         except (StoreError, duckdb.Error):
             self.con.close()
             raise
         self._wal = path.with_name(path.name + ".wal")
         self._inode = path.stat().st_ino
+
+    def check_open(self, rollout_id: str) -> None:
+        """Raises RolloutSealed where nothing may be added to a rollout any more."""
+        if rollout_id in self._sealed:
+            raise RolloutSealed(f"rollout {rollout_id} is sealed, and a record that came for it is not kept")
 
     def commit(self, batch: Batch) -> None:
         """Store a batch in one transaction; on return it is durable.
@@ -100,7 +110,7 @@ class StoreWriter:
         marks = [
             rows.rollout_row(Rollout(rollout_id, started_at=time.time()), why)
             for rollout_id, why in batch.marks.items()
-            if rollout_id not in rollouts
+            if rollout_id not in rollouts and rollout_id not in self._sealed
         ]
         steps = [
             (_UPSERT, "new_rollouts", list(rollouts.values())),
