@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -123,7 +122,7 @@ def export_calls(calls: Iterable[ModelCall], path: str | os.PathLike[str], *, fo
 def _trajectory_row(trajectory: Trajectory) -> Mapping[str, Any]:
     row = {name: getattr(trajectory, name, None) for name in TRAJECTORIES.names}
     row["num_tokens"] = trajectory.token_ids.size
-    row["spans"] = [asdict(span) for span in trajectory.spans]
+    row["spans"] = [msgspec.structs.asdict(span) for span in trajectory.spans]
     return row
 
 

@@ -3,67 +3,141 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
-from polar_mitm.reconstruct.flatten import flatten, mask_reason
-from polar_mitm.reconstruct.forest import link, mark_orphans
-from polar_mitm.reconstruct.quarantine import admit, num_sampled
-from polar_mitm.reconstruct.records import BuildReport, MaskReason, QuarantineReason, Trajectory
+import numpy as np
+
+from polar_mitm.columns import RolloutColumns
+from polar_mitm.reconstruct.forest import NO_PARENT, Forest, grow
+from polar_mitm.reconstruct.quarantine import examine
+from polar_mitm.reconstruct.recorded import columns_of
+from polar_mitm.reconstruct.records import Builder, BuildReport, MaskReason, Trajectory
+from polar_mitm.reconstruct.samples import Samples
+from polar_mitm.reconstruct.splice import splice
+from polar_mitm.reconstruct.tokens import Tokens
 from polar_mitm.types import ModelCall, Rollout
+
+K = TypeVar("K", bound=str)
 
 
 def build(
-    calls: Sequence[ModelCall],
+    calls: Sequence[ModelCall] | RolloutColumns,
     *,
     rollout: Rollout | None = None,
+    builder: Builder = "forest",
+    max_tokens: int | None = None,
     include_orphans: bool = False,
     include_auxiliary: bool = False,
     include_compaction: bool = False,
-) -> tuple[list[Trajectory], BuildReport]:
-    """Rebuild one rollout as an exact-prefix forest. Pure, and independent of the order of `calls`.
+) -> tuple[Sequence[Trajectory], BuildReport]:
+    """Rebuild one rollout. Pure, and independent of the order of `calls`.
 
-    Every call that is not quarantined is in at least one trajectory, kept even where it is masked.
+    Builders: `forest`, one trajectory per root-to-leaf path of exact prefixes; `per-request`, one per call;
+    `polar-splice`, Polar's rule with its context mismatches counted. In the first two, each call that is not
+    quarantined is in at least one trajectory, kept even where it is masked, and trajectories are assembled
+    whenever one is asked for: to go over them twice is to assemble them twice.
 
     Args:
-        calls: all calls of one rollout.
+        calls: all calls of one rollout, as records or as columns.
         rollout: its record; when it is marked incomplete, every call is quarantined.
+        max_tokens: how many tokens a trajectory may add to its context. A longer one is split at call
+            boundaries into several, each behind its whole context: to cut that would train tokens under
+            another context than they were sampled under. A call that alone adds more is masked.
+            `polar-splice` does not split.
         include_orphans: train answers that were superseded by another answer to the same prompt.
         include_auxiliary: train titles, routers and the like; they carry the task's reward undeservedly.
         include_compaction: train summaries of the history.
 
     Raises:
-        ValueError: the calls, or the calls and `rollout`, belong to different rollouts.
+        ValueError: the calls, or the calls and `rollout`, belong to different rollouts, or `max_tokens` is
+            not positive.
     """
-    rollout_ids = {call.rollout_id for call in calls} | ({rollout.rollout_id} if rollout else set())
-    if len(rollout_ids) > 1:
-        raise ValueError(f"calls of several rollouts in one build: {', '.join(sorted(rollout_ids))}")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}, and a trajectory needs at least one")
+    columns = _one_rollout(calls, rollout)
+    tokens = Tokens(columns)
+    kept_out = examine(columns, tokens, incomplete=rollout is not None and rollout.incomplete is not None)
+    forest = grow(columns, tokens, [row for row in range(len(columns)) if row not in kept_out])
     switches: dict[MaskReason, bool] = {
-        "orphan": include_orphans,
+        "orphan": include_orphans or builder == "polar-splice",  # a rule that knows no orphans
         "auxiliary": include_auxiliary,
         "compaction": include_compaction,
     }
-    masked = [reason for reason, included in switches.items() if not included]
-
-    nodes, kept_out = admit(calls, incomplete=rollout is not None and rollout.incomplete is not None)
-    link(nodes)
-    mark_orphans(nodes)
-    trajectories = flatten(nodes, masked, rollout.group_id if rollout else None)
-
-    masked_tokens: Counter[MaskReason] = Counter()
-    for node in nodes:
-        if reason := mask_reason(node, masked):
-            masked_tokens[reason] += num_sampled(node.call)
-    quarantined_tokens: Counter[QuarantineReason] = Counter()
-    for call, why in kept_out:
-        quarantined_tokens[why] += num_sampled(call)
+    masked = _masked(columns, forest, {reason for reason, included in switches.items() if not included})
+    group_id = rollout.group_id if rollout else None
+    num_sampled = _num_sampled(columns)
+    trajectories: Sequence[Trajectory]
+    mismatched = 0
+    if builder == "polar-splice":
+        trajectories, mismatched = splice(columns, tokens, forest.rows, masked, group_id)
+        trained = sum(t.num_trained for t in trajectories)
+    else:
+        alone = builder == "per-request"
+        parent = [NO_PARENT] * len(columns) if alone else forest.parent
+        samples = Samples(columns, tokens, parent, masked, group_id)
+        for leaf in forest.rows if alone else forest.leaves:
+            samples.add(leaf, max_tokens)
+        trajectories = samples
+        trained = sum(num_sampled[row] for row in samples.place if row not in masked)
     report = BuildReport(
-        rollout_id=next(iter(rollout_ids), ""),
-        num_calls=len(calls),
+        rollout_id=columns.rollout_id,
+        num_calls=len(columns),
         num_trajectories=len(trajectories),
-        sampled=sum(map(num_sampled, calls)),
-        trained=sum(t.num_trained for t in trajectories),
-        masked=dict(sorted(masked_tokens.items())),
-        quarantined=dict(sorted(quarantined_tokens.items())),
-        quarantined_calls=tuple(sorted((call.call_id, why) for call, why in kept_out)),
+        sampled=sum(num_sampled),
+        trained=trained,
+        masked=_tokens_by(masked, num_sampled),
+        quarantined=_tokens_by(kept_out, num_sampled),
+        quarantined_calls=tuple(sorted((columns.call_ids[row], why) for row, why in kept_out.items())),
+        builder=builder,
+        mismatched=mismatched,
+        num_continued=sum(how == "exact" for how in columns.continuation),
+        fallbacks=dict(sorted(Counter(why for why in columns.fallback if why is not None).items())),
+        tokenizers=_named(columns.tokenizer, columns.status),
+        models_served=_named(columns.model_served, columns.status),
     )
     return trajectories, report
+
+
+def _one_rollout(calls: Sequence[ModelCall] | RolloutColumns, rollout: Rollout | None) -> RolloutColumns:
+    if isinstance(calls, RolloutColumns):
+        rollout_ids = {calls.rollout_id}
+    else:
+        rollout_ids = {call.rollout_id for call in calls}
+    if rollout is not None:
+        rollout_ids.add(rollout.rollout_id)
+    if len(rollout_ids) > 1:
+        raise ValueError(f"calls of several rollouts in one build: {', '.join(sorted(rollout_ids))}")
+    if isinstance(calls, RolloutColumns):
+        return calls
+    return columns_of(next(iter(rollout_ids), ""), calls)
+
+
+def _masked(columns: RolloutColumns, forest: Forest, switched_off: set[MaskReason]) -> dict[int, MaskReason]:
+    """Row to the reason why that call trains nowhere."""
+    masked: dict[int, MaskReason] = {}
+    for row in forest.rows:
+        if columns.replayed_from[row] is not None:
+            masked[row] = "replayed"
+        elif forest.orphan[row] and "orphan" in switched_off:
+            masked[row] = "orphan"
+        elif (role := columns.role[row]) in switched_off:
+            masked[row] = role
+    return masked
+
+
+def _num_sampled(columns: RolloutColumns) -> list[int]:
+    """[N] by the ids, or by the engine's own count where those are missing."""
+    counts: list[int] = np.maximum(columns.completion.lengths, columns.num_reported).tolist()
+    return counts
+
+
+def _tokens_by(reasons: Mapping[int, K], num_sampled: Sequence[int]) -> dict[K, int]:
+    counts: Counter[K] = Counter()
+    for row, why in reasons.items():
+        counts[why] += num_sampled[row]
+    return dict(sorted(counts.items()))
+
+
+def _named(names: Iterable[str], status: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted({name for name, how in zip(names, status, strict=True) if name and how != "refused"}))

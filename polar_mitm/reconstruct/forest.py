@@ -6,91 +6,102 @@ its prompt. Recorded lineage only chooses between calls whose cumulative ids are
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
+from polar_mitm.columns import NO_BASE, RolloutColumns
+from polar_mitm.reconstruct.tokens import Tokens
+from polar_mitm.reconstruct.trie import ROOT, Trie
 
-from polar_mitm.types import ModelCall
-
+NO_PARENT = -1
 _ROOT_ROLES = ("auxiliary", "compaction")
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd; collisions cost a comparison, never a wrong parent
 
 
-@dataclass(slots=True, eq=False)
-class Node:
-    """A call in the forest. `ids` [P + C] are its cumulative ids, `logprobs` [C] its behaviour logprobs."""
-
-    call: ModelCall
-    ids: NDArray[np.int32]
-    num_prompt: int
-    logprobs: NDArray[np.float32]
-    parent: Node | None = None
-    children: list[Node] = field(default_factory=list)
-    orphan: bool = False
-
-    @property
-    def order(self) -> tuple[float, str]:
-        """The stable order of calls: by start, then by id."""
-        return self.call.started_at, self.call.call_id
-
-    def path(self) -> list[Node]:
-        """The nodes from the root to this one."""
-        nodes = [self]
-        while nodes[-1].parent is not None:
-            nodes.append(nodes[-1].parent)
-        return nodes[::-1]
-
-
-def link(nodes: Sequence[Node]) -> None:
-    """Set the parent and the children of each node.
-
-    Auxiliary calls and compactions stay alone. Each prompt is read once: its rolling hash (mod 2^64) at the
-    lengths of all cumulative ids names the candidates, and ids are compared for the longest ones only.
+@dataclass(slots=True)
+class Forest:
+    """`rows` are the admitted calls by start, then by id. By row of the columns: the row of its `parent` or
+    NO_PARENT, and whether it is an `orphan`; what these say of other rows means nothing. `leaves` are the
+    rows that no call continues, live ones before orphans.
     """
-    tree = sorted((n for n in nodes if n.call.role not in _ROOT_ROLES), key=lambda n: (n.ids.size, n.order))
-    if not tree:
-        return
-    powers = np.full(tree[-1].ids.size, _MULTIPLIER).cumprod(dtype=np.uint64)
-    lengths = np.array([n.ids.size for n in tree])
-    hashes = np.array([_terms(n.ids, powers).sum() for n in tree], dtype=np.uint64)
-    for node in sorted(tree, key=lambda n: n.order):
-        rolling = _terms(node.ids[: node.num_prompt], powers).cumsum()
-        num_shorter = int(np.searchsorted(lengths, node.num_prompt))
-        hits = np.flatnonzero(rolling[lengths[:num_shorter] - 1] == hashes[:num_shorter])
-        longest: list[Node] = []
-        for candidate in (tree[i] for i in hits[::-1]):
-            if longest and candidate.ids.size < longest[0].ids.size:
-                break
-            if np.array_equal(candidate.ids, node.ids[: candidate.ids.size]):
-                longest.append(candidate)
-        if longest:
-            named = node.call.parent_call_id
-            node.parent = min(longest, key=lambda n: (n.call.call_id != named, not n.call.delivered, n.order))
-            node.parent.children.append(node)
+
+    rows: list[int]
+    parent: list[int]
+    orphan: list[bool]
+    leaves: list[int]
 
 
-def _terms(ids: NDArray[np.int32], powers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    return ids.astype(np.uint64) * powers[: ids.size]
+def grow(columns: RolloutColumns, tokens: Tokens, admitted: Sequence[int]) -> Forest:
+    """The forest of the `admitted` rows. Auxiliary calls and compactions stay alone."""
+    rows = sorted(admitted, key=lambda row: (columns.started_at[row], columns.call_ids[row]))
+    trie, prompts, ends = _plant(tokens)
+    parent = _link(columns, rows, trie, prompts, ends)
+    extended = {parent[row] for row in rows}
+    orphan = _mark_orphans(columns, rows, prompts, extended)
+    leaves = [row for row in rows if row not in extended]
+    leaves.sort(key=orphan.__getitem__)
+    return Forest(rows, parent, orphan, leaves)
 
 
-def mark_orphans(nodes: Sequence[Node]) -> None:
-    """Among calls of one role with identical prompts, mark those that did not live on.
+def _plant(tokens: Tokens) -> tuple[Trie, list[int], list[int]]:
+    """The trie of all whole calls, and by row the nodes where their prompts and their completions end."""
+    trie = Trie(tokens.flat)
+    prompts = [ROOT] * len(tokens.base)
+    ends = [ROOT] * len(tokens.base)
+    suffix_at, completion_at = tokens.suffix_at, tokens.completion_at
+    for row in tokens.order:
+        base = tokens.base[row]
+        node = ROOT if base == NO_BASE else trie.above(ends[base], tokens.shared[row])
+        node = prompts[row] = trie.insert(node, suffix_at[row], suffix_at[row + 1])
+        ends[row] = trie.insert(node, completion_at[row], completion_at[row + 1])
+    return trie, prompts, ends
+
+
+def _link(
+    columns: RolloutColumns, rows: Sequence[int], trie: Trie, prompts: Sequence[int], ends: Sequence[int]
+) -> list[int]:
+    tree = [row for row in rows if columns.role[row] not in _ROOT_ROLES]
+    ending: dict[int, list[int]] = {}
+    for row in tree:
+        ending.setdefault(ends[row], []).append(row)
+    nearest = {ROOT: ROOT}  # node to the first at or above it where a call ends, or the root
+    parent = [NO_PARENT] * len(columns)
+    for row in tree:
+        node, passed = trie.parent[prompts[row]], []
+        while node not in nearest and node not in ending:
+            passed.append(node)
+            node = trie.parent[node]
+        node = nearest.get(node, node)
+        nearest.update(dict.fromkeys(passed, node))
+        if candidates := ending.get(node):
+            parent[row] = candidates[0] if len(candidates) == 1 else _likeliest(columns, row, candidates)
+    return parent
+
+
+def _likeliest(columns: RolloutColumns, row: int, candidates: Sequence[int]) -> int:
+    """Which of the calls with equal cumulative ids `row` continues; the first of the best."""
+    named = columns.parent_call_id[row]
+    return min(candidates, key=lambda c: (columns.call_ids[c] != named, not columns.delivered[c]))
+
+
+def _mark_orphans(
+    columns: RolloutColumns, rows: Sequence[int], prompts: Sequence[int], extended: set[int]
+) -> list[bool]:
+    """Among calls of one role with identical prompts, those that did not live on.
 
     Alive are the extended ones; where none was, the delivered ones; where none was either, the last one
     started, since each retry gave up on the answer before it. A call with a prompt of its own is alive.
     """
-    siblings: dict[tuple[str, bytes], list[Node]] = {}
-    for node in nodes:
-        digest = hashlib.sha256(node.ids[: node.num_prompt].tobytes()).digest()
-        siblings.setdefault((node.call.role, digest), []).append(node)
+    siblings: dict[tuple[str, int], list[int]] = {}
+    for row in rows:
+        siblings.setdefault((columns.role[row], prompts[row]), []).append(row)
+    orphan = [False] * len(columns)
     for group in siblings.values():
-        alive = (
-            [n for n in group if n.children]
-            or [n for n in group if n.call.delivered]
-            or [max(group, key=lambda n: n.order)]
-        )
-        for node in group:
-            node.orphan = node not in alive
+        if len(group) > 1:
+            alive = (
+                [row for row in group if row in extended]
+                or [row for row in group if columns.delivered[row]]
+                or group[-1:]
+            )
+            for row in group:
+                orphan[row] = row not in alive
+    return orphan

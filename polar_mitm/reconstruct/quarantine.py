@@ -3,63 +3,69 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
-from polar_mitm.reconstruct.forest import Node
+from polar_mitm.columns import Lists, RolloutColumns
 from polar_mitm.reconstruct.records import QuarantineReason
-from polar_mitm.types import ModelCall
+from polar_mitm.reconstruct.tokens import Tokens
 
 _VLLM_LOGPROB_FLOOR = -9999.0  # what vLLM writes for -inf, which JSON cannot hold
+_CONTEXT_MISMATCH = "engine_ignored_token_input"  # the fallback that says so
 
 
-def num_sampled(call: ModelCall) -> int:
-    """How many tokens the engine sampled for `call`, by its own count where the ids are missing."""
-    return max(len(call.completion_token_ids), call.usage.completion_tokens)
-
-
-def admit(
-    calls: Sequence[ModelCall], incomplete: bool
-) -> tuple[list[Node], list[tuple[ModelCall, QuarantineReason]]]:
-    """Calls as nodes, and the calls that must not be trained on.
+def examine(columns: RolloutColumns, tokens: Tokens, *, incomplete: bool) -> dict[int, QuarantineReason]:
+    """Row to the reason why that call must not be trained on; the others may be.
 
     Args:
-        calls: the calls of one rollout.
+        columns: the calls of one rollout.
+        tokens: the same calls' ids.
         incomplete: the rollout's record has holes, so nothing of it is admitted.
     """
-    copies = Counter(call.call_id for call in calls)
-    nodes: list[Node] = []
-    kept_out: list[tuple[ModelCall, QuarantineReason]] = []
-    for call in calls:
-        if incomplete:
-            kept_out.append((call, "incomplete_rollout"))
-        elif copies[call.call_id] > 1:
-            kept_out.append((call, "duplicate_call_id"))
-        elif isinstance(found := _examine(call), Node):
-            nodes.append(found)
-        else:
-            kept_out.append((call, found))
-    return nodes, kept_out
+    if incomplete:
+        return dict.fromkeys(range(len(columns)), "incomplete_rollout")
+    kept_out: dict[int, QuarantineReason] = {}
+
+    def keep_out(rows: Iterable[int], why: QuarantineReason) -> None:
+        for row in rows:
+            kept_out.setdefault(row, why)
+
+    copies = Counter(columns.call_ids)
+    if len(copies) < len(columns):
+        keep_out((r for r, i in enumerate(columns.call_ids) if copies[i] > 1), "duplicate_call_id")
+    keep_out((r for r, status in enumerate(columns.status) if status == "failed"), "failed")
+    keep_out((r for r, status in enumerate(columns.status) if status == "refused"), "refused")
+    keep_out((r for r, why in enumerate(columns.fallback) if why == _CONTEXT_MISMATCH), "context_mismatch")
+    if len(tokens.order) < len(columns):
+        keep_out(sorted(set(range(len(columns))) - set(tokens.order)), "lost_prefix")
+    num_sampled, reported = columns.completion.lengths, columns.num_reported
+    keep_out(_where((np.array(tokens.num_prompt) == 0) | (num_sampled == 0)), "no_token_ids")
+    wrong_count = (reported != 0) & (reported != num_sampled)
+    keep_out(_where((columns.logprobs.lengths != num_sampled) | wrong_count), "length_mismatch")
+    keep_out(_rows_with_bad_logprobs(columns.logprobs), "bad_logprob")
+    if (tokens.flat < 0).any():
+        keep_out((row for row in tokens.order if (tokens.ids(row) < 0).any()), "bad_token_id")
+
+    admitted = [row for row in range(len(columns)) if row not in kept_out]
+    if len({columns.tokenizer[row] for row in admitted}) > 1:
+        keep_out(admitted, "mixed_tokenizers")
+    if len({columns.model_served[row] for row in admitted if columns.replayed_from[row] is None}) > 1:
+        keep_out(admitted, "mixed_models")
+    return kept_out
 
 
-def _examine(call: ModelCall) -> Node | QuarantineReason:
-    if call.status == "failed":
-        return "failed"
-    if call.status == "refused":
-        return "refused"
-    num_ids = len(call.completion_token_ids)
-    if not call.prompt_token_ids or not num_ids:
-        return "no_token_ids"
-    if len(call.behaviour_logprobs) != num_ids or call.usage.completion_tokens not in (0, num_ids):
-        return "length_mismatch"
-    logprobs = np.array(call.behaviour_logprobs, dtype=np.float64)
-    if not np.all((logprobs > _VLLM_LOGPROB_FLOOR) & (logprobs <= 0.0)):
-        return "bad_logprob"
-    try:
-        ids = np.array([*call.prompt_token_ids, *call.completion_token_ids], dtype=np.int32)
-    except OverflowError:
-        return "bad_token_id"
-    if (ids < 0).any():
-        return "bad_token_id"
-    return Node(call, ids, len(call.prompt_token_ids), logprobs.astype(np.float32))
+def _where(flags: NDArray[np.bool_]) -> list[int]:
+    rows: list[int] = np.flatnonzero(flags).tolist()
+    return rows
+
+
+def _rows_with_bad_logprobs(logprobs: Lists) -> list[int]:
+    first, last = int(logprobs.offsets[0]), int(logprobs.offsets[-1])
+    values = logprobs.values[first:last]
+    fine = (values > _VLLM_LOGPROB_FLOOR) & (values <= 0.0)
+    if fine.all():
+        return []
+    at = logprobs.offsets - first
+    return [row for row in range(at.size - 1) if not fine[at[row] : at[row + 1]].all()]

@@ -6,39 +6,48 @@ T is the number of tokens of one trajectory.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from polar_mitm.types import CallRole
 
+Builder = Literal["forest", "per-request", "polar-splice"]
 MaskReason = Literal[
     "shared_prefix",  # trained in another trajectory that shares this call; context here
     "orphan",  # an identical prompt was answered again, and that answer is the one that lived on
     "auxiliary",  # a title, a router, a search: not the task's own work
     "compaction",  # a summary of the history
+    "replayed",  # sampled, and trained, in the rollout that it was recorded in
+    "overlong",  # adds more tokens to its context than a sample may hold
+    "dropped",  # polar-splice only: lost where a chain broke
 ]
 QuarantineReason = Literal[
     "incomplete_rollout",  # the rollout's record has holes
     "duplicate_call_id",  # two records claim to be the same call
+    "lost_prefix",  # the call that its prompt is stored on top of is missing, or shorter than it says
     "failed",  # the engine failed, or broke off its answer
     "refused",  # never sent to the engine
+    "context_mismatch",  # the engine did not use the prompt ids that it was sent
     "no_token_ids",  # prompt ids or sampled ids are missing
     "bad_token_id",  # negative, or beyond 32 bits
     "length_mismatch",  # ids, logprobs and the engine's own count disagree
     "bad_logprob",  # NaN, infinite, positive, or vLLM's -9999.0 for "impossible"
+    "mixed_tokenizers",  # the rollout's calls used several, whose ids must not meet
+    "mixed_models",  # the rollout's calls were served by several models
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class CallSpan:
+class CallSpan(Struct, frozen=True):
     """Where one call lies in a trajectory.
 
     Positions `[start, sampled_start)` are what the call's prompt added to the tokens before it, positions
     `[sampled_start, end)` what was sampled. `mask_reason` says why the sampled tokens are masked in this
     trajectory; None means that they train here. `truncated`: the answer did not come to its own end.
+    `policy_version_last` is the last token's, where weights changed inside the call.
     """
 
     call_id: str
@@ -48,6 +57,7 @@ class CallSpan:
     mask_reason: MaskReason | None
     truncated: bool
     policy_version: str | None
+    policy_version_last: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,14 +86,23 @@ class Trajectory:
         """How many tokens train."""
         return int(self.loss_mask.sum())
 
+    @property
+    def num_context(self) -> int:
+        """How many leading tokens belong to calls whose place to train is another trajectory."""
+        own = (span.start for span in self.spans if span.mask_reason != "shared_prefix")
+        return next(own, self.token_ids.size)
+
 
 @dataclass(frozen=True, slots=True)
 class BuildReport:
     """The account of one build, in sampled tokens of one rollout.
 
-    `sampled` counts the calls' own tokens (where ids are missing, the engine's usage), `trained` is summed
-    from the loss masks, `masked` counts tokens that train in no trajectory, `quarantined` those of calls
-    that are in none. `quarantined_calls` lists (call_id, reason).
+    `sampled` counts the calls' own tokens (where ids are missing, the engine's usage), `trained` those that
+    train, each in one trajectory; `masked` those that train in none, `quarantined` those of calls that are in
+    none. `quarantined_calls` lists (call_id, reason). `mismatched` counts the trained tokens whose context is
+    not the one that they were sampled under. `num_continued` calls began with their parent's exact ids;
+    `fallbacks` counts the calls that did not, by recorded reason. `tokenizers` and `models_served` name what
+    the calls that reached the engine used.
     """
 
     rollout_id: str
@@ -94,6 +113,12 @@ class BuildReport:
     masked: Mapping[MaskReason, int]
     quarantined: Mapping[QuarantineReason, int]
     quarantined_calls: tuple[tuple[str, QuarantineReason], ...]
+    builder: Builder = "forest"
+    mismatched: int = 0
+    num_continued: int = 0
+    fallbacks: Mapping[str, int] = field(default_factory=dict)
+    tokenizers: tuple[str, ...] = ()
+    models_served: tuple[str, ...] = ()
 
     @property
     def num_masked(self) -> int:

@@ -1,0 +1,62 @@
+"""The ids of each call of a rollout, out of its columns: which are whole, in what order, and as one array."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polar_mitm.columns import NO_BASE, RolloutColumns
+
+
+class Tokens:
+    """N calls' ids. All lists are by row of `columns`.
+
+    `flat` int32 holds every suffix and every completion once, at `suffix_at` and `completion_at`.
+    `num_prompt` P and `num_ids` P + C count a call's ids. `order` lists the rows whose prompt is whole, each
+    after the row that it is stored on top of; the others stand on a call that is missing, too short, or on
+    themselves.
+    """
+
+    def __init__(self, columns: RolloutColumns) -> None:
+        suffix, completion = columns.suffix, columns.completion
+        first, last = (int(suffix.offsets[i]) for i in (0, -1))
+        start, end = (int(completion.offsets[i]) for i in (0, -1))
+        self.flat: NDArray[np.int32] = np.concatenate(
+            [suffix.values[first:last], completion.values[start:end]], dtype=np.int32
+        )
+        self.suffix_at: list[int] = (suffix.offsets - first).tolist()
+        self.completion_at: list[int] = (completion.offsets + (last - first - start)).tolist()
+        num_prompt = columns.shared + suffix.lengths
+        self.shared: list[int] = columns.shared.tolist()
+        self.num_prompt: list[int] = num_prompt.tolist()
+        self.num_ids: list[int] = (num_prompt + completion.lengths).tolist()
+        self.base: list[int] = np.where(columns.shared == 0, NO_BASE, columns.base).tolist()
+        self.order = self._order()
+
+    def _order(self) -> list[int]:
+        on_top: dict[int, list[int]] = {}
+        for row, base in enumerate(self.base):
+            on_top.setdefault(base, []).append(row)
+        order = on_top.get(NO_BASE, [])
+        for base in order:
+            for row in on_top.get(base, ()):
+                if 0 <= self.shared[row] <= self.num_ids[base]:
+                    order.append(row)
+        return order
+
+    def ids(self, row: int) -> NDArray[np.int32]:
+        """[P + C] prompt and completion of a call whose prompt is whole."""
+        end = self.num_ids[row]
+        out = np.empty(end, dtype=np.int32)
+        while end:
+            num_prompt, shared = self.num_prompt[row], self.shared[row]
+            if end > num_prompt:
+                at = self.completion_at[row]
+                out[num_prompt:end] = self.flat[at : at + end - num_prompt]
+                end = num_prompt
+            if end > shared:
+                at = self.suffix_at[row]
+                out[shared:end] = self.flat[at : at + end - shared]
+                end = shared
+            row = self.base[row]
+        return out
