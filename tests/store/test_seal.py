@@ -85,10 +85,8 @@ def test_what_a_seal_is_does_not_change_unnoticed(tmp_path: Path) -> None:
             ModelCall("c", "r1", 0, "d", "r", "ok", usage=Usage(1, 1), prompt_token_ids=[1], started_at=1.0,
                       completion_token_ids=[2], behaviour_logprobs=[-0.5])
         ).result()  # fmt: skip
-    assert (
-        seal_rollout(path, "r1").digest == "5dac93a4c085710a37ebd9d584c713964686363e890981a90a76c1dc18465051"
+    digest = "5dac93a4c085710a37ebd9d584c713964686363e890981a90a76c1dc18465051"
     assert seal_rollout(path, "r1").digest == digest
-    )
     with open_reader(path) as reader:
         sealed = set(" ".join(seal_columns()).split())
         for table in ("rollout_rows", "stored_calls", "rewards", "egress"):
