@@ -8,6 +8,7 @@ record says what was overlooked. Anything else is another message.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -106,8 +107,14 @@ def _value(text: str) -> Any:
 
 
 def _number(text: str) -> float | int:
-    """JavaScript writes 1.0 as 1."""
+    """JavaScript writes 1.0 as 1.
+
+    Raises:
+        ValueError: no float holds the number.
+    """
     number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
     return int(number) if number.is_integer() else number
 
 

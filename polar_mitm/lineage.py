@@ -96,7 +96,7 @@ class Lineage:
         self._known: OrderedDict[str, Known] = OrderedDict()  # the one longest unused first
         self._gone: dict[str, Fallback] = {}  # why a call of ours is not in `_known`
         self._alias: dict[str, str] = {}  # the call that an answer was minted for -> the call that served it
-        self._texts: dict[tuple[int, str], list[Known]] = {}  # answers that may come back without an id
+        self._texts: dict[str, list[Known]] = {}  # answers that may come back without an id
         self._asked: dict[int, list[Known]] = {}  # by number of messages
 
     def find(self, request: ChatRequest) -> Found:
@@ -146,7 +146,7 @@ class Lineage:
         self._num_bytes += known.num_bytes
         self._asked.setdefault(known.num_messages, []).append(known)
         if not known.answer.tool_calls:
-            self._texts.setdefault(_place(known.num_messages, known.answer), []).append(known)
+            self._texts.setdefault(known.answer.text.strip(), []).append(known)
         while self._num_bytes > self._max_bytes and len(self._known) > 1:
             oldest = next(iter(self._known))
             self._forget(oldest)
@@ -180,14 +180,15 @@ class Lineage:
             if known is None:
                 return Found(fallback=self._gone.get(call_id, "no_parent"), named=call_id)
             return _check(known, request, at)
-        checked = [_check(known, request, at) for known in self._texts.get(_place(at, answer), ())]
-        if fits := [found for found in checked if found.parent is not None]:
+        same_text = self._texts.get(answer.text.strip(), [])
+        if fits := [found for known in same_text if (found := _check(known, request, at)).parent is not None]:
             return _choose(fits)
-        if checked:
-            return checked[-1]
-        asked = request.messages[:at]
+        if same_text:
+            return _check(same_text[-1], request, at)
         for known in self._asked.get(at, ()):
-            if known.messages == asked and known.tools == request.tools:  # and it said something else
+            if isinstance(
+                _history_edits(known, request, at), list
+            ):  # it was asked this, and said something else
                 return Found(fallback="history_edited", named=known.call_id)
         return None
 
@@ -214,7 +215,7 @@ class Lineage:
         self._num_bytes -= known.num_bytes
         _drop(self._asked, known.num_messages, known)
         if not known.answer.tool_calls:
-            _drop(self._texts, _place(known.num_messages, known.answer), known)
+            _drop(self._texts, known.answer.text.strip(), known)
 
 
 def lineage_of(calls: Iterable[tuple[ModelCall, ChatRequest]]) -> Iterator[tuple[ModelCall, Found]]:
@@ -234,25 +235,33 @@ def lineage_of(calls: Iterable[tuple[ModelCall, ChatRequest]]) -> Iterator[tuple
 
 def _check(known: Known, request: ChatRequest, at: int) -> Found:
     """Whether the answer at `at` and all before it are `known`'s."""
+    edits = edits_between(known.answer, request.messages[at])
+    before = _history_edits(known, request, at)
+    if not isinstance(before, list):
+        return Found(fallback=before, named=known.call_id)
+    if edits is None:
+        return Found(fallback="history_edited", named=known.call_id)
+    every = [edit for edit in HARMLESS if edit in edits or edit in before]
+    return Found(known, None, every, at + 1, known.call_id)
 
-    def no(reason: Fallback) -> Found:
-        return Found(fallback=reason, named=known.call_id)
 
+def _history_edits(known: Known, request: ChatRequest, at: int) -> list[Edit] | Fallback:
+    """The harmless edits between what `known` was asked and the request up to `at`, or what else differs."""
     messages = request.messages
-    if known.tools != request.tools:
-        return no("tools_changed")
     if not _same_system(known.messages, messages):
-        return no("system_changed")
-    edits = edits_between(known.answer, messages[at])
-    if known.num_messages != at or edits is None:
-        return no("history_edited")
+        return "system_changed"
+    if known.num_messages == at and known.tools != request.tools:
+        return "tools_changed"
+    if known.num_messages != at:
+        return "history_edited"
+    edits: list[Edit] = []
     if known.messages != messages[:at]:
         for before, now in zip(known.messages, messages, strict=False):
             more = edits_between(before, now) if before.role == "assistant" else _unchanged(before, now)
             if more is None:
-                return no("history_edited")
+                return "history_edited"
             edits += more
-    return Found(known, None, [edit for edit in HARMLESS if edit in edits], at + 1, known.call_id)
+    return edits
 
 
 def _unchanged(before: Message, now: Message) -> list[Edit] | None:
@@ -275,10 +284,6 @@ def _choose(fits: list[Found]) -> Found:
 
 def _ids(known: Known) -> tuple[Sequence[int], list[int]]:
     return known.prompt_token_ids, known.completion_token_ids
-
-
-def _place(num_messages: int, answer: Message) -> tuple[int, str]:
-    return num_messages, answer.text.strip()
 
 
 def _same_system(before: list[Message], now: list[Message]) -> bool:
