@@ -199,8 +199,9 @@ class Lineage:
         messages, tools = request.messages, request.tools
         near = list(islice(reversed(self._known.values()), _NUM_RECENT))
         if parent is not None and parent.messages == messages[: parent.num_messages]:
-            near = [parent]
-        ours: list[Message] = max((_common(known.messages, messages) for known in near), key=len, default=[])
+            near, ours = [parent], parent.messages
+        else:
+            ours = max((_common(known.messages, messages) for known in near), key=len, default=[])
         new = messages[len(ours) :]
         num_bytes = sum(map(_size, new))
         shared = next((known.tools for known in near if known.tools == tools), None)
@@ -293,8 +294,6 @@ def _same_system(before: list[Message], now: list[Message]) -> bool:
 
 def _common(known: list[Message], messages: list[Message]) -> list[Message]:
     """The longest beginning of `known` that `messages` share."""
-    if known == messages[: len(known)]:
-        return known
     num = next((n for n, (a, b) in enumerate(zip(known, messages, strict=False)) if a != b), len(messages))
     return known[:num]
 
