@@ -120,7 +120,7 @@ def _sandbox(root: bool) -> Check:
 
 def _npm() -> Check:
     found = shutil.which("npm")
-    fix = "needed to install Claude Code and Codex: install node 22 or newer (apt-get install npm)"
+    fix = "harnesses bring a Node.js of our own then; node 22.19 or newer with npm saves 200 MB"
     return Check("npm", found is not None, found or "not on PATH", fix, required=False)
 
 

@@ -44,7 +44,10 @@ def run(
     ] = None,
     harness: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="claude-code, codex, sdk-agent or a .toml; else by the command."),
+        typer.Option(
+            metavar="NAME",
+            help="claude-code, codex, pi, opencode, sdk-agent or a .toml; else by the command.",
+        ),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="The task, with --harness and no command.")

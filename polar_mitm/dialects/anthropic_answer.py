@@ -30,7 +30,12 @@ ERRORS: dict[ErrorKind, tuple[int, str]] = {
 }
 """HTTP status and `error.type` of each of our errors."""
 
-_OVERFLOW = "prompt is too long"  # the words by which harnesses recognise an overflow, and compact
+# The service's own words, by which harnesses recognise what to do about it: compact; ask again.
+_WORDS: dict[ErrorKind, str] = {
+    "context_overflow": "prompt is too long",
+    "upstream": "Internal server error",
+    "internal": "Internal server error",
+}
 _EMPTY_TEXT = {"type": "text", "text": ""}
 
 _encode = msgspec.json.Encoder().encode
@@ -39,9 +44,9 @@ _is_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 def error_body(error: PolarError, call_id: str) -> bytes:
     """The body of an error answer, and the data of an `error` event."""
-    message = error.message
-    if error.kind == "context_overflow" and not message.startswith(_OVERFLOW):
-        message = f"{_OVERFLOW}: {message}"
+    message, words = error.message, _WORDS.get(error.kind, "")
+    if not message.startswith(words):
+        message = f"{words}: {message}"
     return _encode(
         {
             "type": "error",

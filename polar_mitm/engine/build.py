@@ -64,6 +64,8 @@ def build_once(
     def waiting() -> None:
         on_step(f"Waiting for another process that builds {folder.name}")
 
+    if is_built(folder, fingerprint, holds):  # by somebody whose cache we may only read, maybe
+        return folder
     with locked(folder.with_name(f".{folder.name}.lock"), waiting):
         if is_built(folder, fingerprint, holds):
             return folder

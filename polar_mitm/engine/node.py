@@ -10,12 +10,13 @@ from pathlib import Path
 
 from polar_mitm.engine.build import OnStep, build_once, clean_environment, make_environment, pip_install, run
 
-MIN_MAJOR = 22
+MIN_VERSION = (22, 19)
+"""What pi asks for, the most of our harnesses."""
 _VERSION = "24.19.0"
 
 
 def ensure_node(cache: Path, on_step: OnStep) -> Path:
-    """A directory with `node` (22 or later), `npm` and `npx`, to be put on PATH: npm looks `node` up there.
+    """A directory with `node` (22.19 or later), `npm` and `npx`, to be put on PATH: npm looks `node` up there.
 
     Its parent holds all that they need (`bin/`, `lib/node_modules/npm`), unless it is the system's.
 
@@ -55,8 +56,8 @@ def system_node() -> Path | None:
         done = subprocess.run([node, "--version"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    version = re.match(r"v(\d+)\.", done.stdout)
-    return Path(node).parent if version and int(version[1]) >= MIN_MAJOR else None
+    version = re.match(r"v(\d+)\.(\d+)\.", done.stdout)
+    return Path(node).parent if version and (int(version[1]), int(version[2])) >= MIN_VERSION else None
 
 
 def with_path(directory: Path) -> dict[str, str]:

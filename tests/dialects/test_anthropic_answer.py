@@ -381,19 +381,25 @@ def test_arguments_keep_their_text_in_a_whole_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "status", "name", "raised"),
+    ("kind", "status", "name", "raised", "message"),
     [
-        ("bad_request", 400, "invalid_request_error", anthropic.BadRequestError),
-        ("not_found", 404, "not_found_error", anthropic.NotFoundError),
-        ("too_large", 413, "request_too_large", anthropic.APIStatusError),
-        ("context_overflow", 400, "invalid_request_error", anthropic.BadRequestError),
-        ("overloaded", 529, "overloaded_error", anthropic.APIStatusError),
-        ("upstream", 500, "api_error", anthropic.InternalServerError),
-        ("internal", 500, "api_error", anthropic.InternalServerError),
+        ("bad_request", 400, "invalid_request_error", anthropic.BadRequestError, "why"),
+        ("not_found", 404, "not_found_error", anthropic.NotFoundError, "why"),
+        ("too_large", 413, "request_too_large", anthropic.APIStatusError, "why"),
+        (
+            "context_overflow",
+            400,
+            "invalid_request_error",
+            anthropic.BadRequestError,
+            "prompt is too long: why",
+        ),
+        ("overloaded", 529, "overloaded_error", anthropic.APIStatusError, "why"),
+        ("upstream", 500, "api_error", anthropic.InternalServerError, "Internal server error: why"),
+        ("internal", 500, "api_error", anthropic.InternalServerError, "Internal server error: why"),
     ],
 )
 def test_errors_before_the_answer(
-    kind: ErrorKind, status: int, name: str, raised: type[anthropic.APIStatusError]
+    kind: ErrorKind, status: int, name: str, raised: type[anthropic.APIStatusError], message: str
 ) -> None:
     reply = dialect.encode_error(PolarError(kind, "why", retry_after_s=3), CALL)
     assert reply.headers["retry-after"] == "3"
@@ -403,7 +409,6 @@ def test_errors_before_the_answer(
     assert caught.value.status_code == status
     assert caught.value.request_id == f"req_{CALL}"
     body: Any = caught.value.body
-    message = "prompt is too long: why" if kind == "context_overflow" else "why"
     assert body == {
         "type": "error",
         "error": {"type": name, "message": message},
@@ -423,8 +428,11 @@ def test_an_overflow_in_the_providers_words_is_passed_on() -> None:
     assert json.loads(reply.body)["error"]["message"] == words
 
 
-@pytest.mark.parametrize(("kind", "name"), [("overloaded", "overloaded_error"), ("upstream", "api_error")])
-def test_an_error_in_mid_stream_reaches_the_client(kind: ErrorKind, name: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [("overloaded", "overloaded_error", "broke"), ("upstream", "api_error", "Internal server error: broke")],
+)
+def test_an_error_in_mid_stream_reaches_the_client(kind: ErrorKind, name: str, message: str) -> None:
     def respond(request: ChatRequest) -> tuple[int, dict[str, str], bytes]:
         encoder = dialect.encoder(request, CALL, 0.0)
         wire = (
@@ -440,7 +448,7 @@ def test_an_error_in_mid_stream_reaches_the_client(kind: ErrorKind, name: str) -
     ):
         open_stream.get_final_message()
     body: Any = caught.value.body
-    assert body["error"] == {"type": name, "message": "broke"}
+    assert body["error"] == {"type": name, "message": message}
 
 
 def test_the_sdk_sees_pings_as_nothing() -> None:

@@ -533,7 +533,8 @@ def test_pi() -> None:
 
 
 def test_opencode_title() -> None:
-    request, _ = fixture("opencode_title")
+    request, role = fixture("opencode_title")
+    assert role == "auxiliary"
     assert len(request.messages[1].content) == 2
     assert request.tools == []
 
@@ -551,3 +552,30 @@ def test_opencode_title() -> None:
 )
 def test_role(headers: dict[str, str], role: str) -> None:
     assert dialect.role(headers, decode()) == role
+
+
+PI = {"User-Agent": "pi (linux 6.1.0; x64)"}
+OPENCODE = {"User-Agent": "opencode/1.18.33 ai-sdk/provider-utils/4.0.46 runtime/bun/1.3.14"}
+OF_SUBAGENT = OPENCODE | {"x-session-id": "ses_2", "x-parent-session-id": "ses_1"}
+SUMMARY = {"system": "You are a context summarization assistant. Summarise.", "tools": []}
+TOOLS = {"tools": [{"name": "bash", "input_schema": {"type": "object"}}]}
+
+
+@pytest.mark.parametrize(
+    ("headers", "fields", "role"),
+    [
+        (PI, TOOLS, "main"),
+        (PI, {}, "main"),  # `--no-tools`
+        (PI, SUMMARY, "compaction"),
+        (PI, SUMMARY | TOOLS, "main"),  # somebody's own system prompt
+        (OPENCODE, TOOLS, "main"),
+        (OPENCODE, {}, "auxiliary"),
+        (OPENCODE, SUMMARY, "compaction"),
+        (OF_SUBAGENT, TOOLS, "subagent"),
+        (OF_SUBAGENT, SUMMARY, "compaction"),
+        ({"x-parent-session-id": "ses_1"}, TOOLS, "main"),  # nobody that we know
+        ({}, SUMMARY, "main"),
+    ],
+)
+def test_role_of_those_who_do_not_say(headers: dict[str, str], fields: dict[str, Any], role: str) -> None:
+    assert dialect.role(headers, decode(**fields)) == role

@@ -106,7 +106,7 @@ class Cli:
 @pytest.fixture(scope="session", autouse=True)
 def harnesses() -> None:
     """The real programs, at the recipes' versions; in the cache after `polar-mitm doctor --fix`."""
-    for name in ("claude-code", "codex"):
+    for name in ("claude-code", "codex", "pi", "opencode"):
         ensure_harness(recipes.load(name), default_cache(), lambda step: print(step, file=sys.stderr))
 
 

@@ -33,7 +33,7 @@ def droning(request: dict[str, Any], nth: int) -> Answer:
 
 def is_probe(request: dict[str, Any]) -> bool:
     """Whether `polar-mitm` asks for itself, to see what the engine can do."""
-    return "get_weather" in json.dumps(request.get("tools"))
+    return request.get("max_tokens") == 1 or "get_weather" in json.dumps(request.get("tools"))
 
 
 def told_by_tool(request: dict[str, Any]) -> bool:

@@ -16,8 +16,9 @@ from tests.support.record_fixtures import HARNESSES
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
+@pytest.mark.parametrize("name", ["claude-code", "pi"])  # a native program, and one for node
 @pytest.mark.parametrize("kind", [kind for kind in kinds() if kind == "user"])
-async def test_run_without_root(kind: str, cli: Cli) -> None:
+async def test_run_without_root(kind: str, name: str, cli: Cli) -> None:
     user = User(kind, "", Path())
     with user.directory() as home:
         store, task = home / "run.duckdb", user.own(home / "task")
@@ -25,9 +26,7 @@ async def test_run_without_root(kind: str, cli: Cli) -> None:
         # This user may only read the cache.
         cli.env |= {"HOME": str(home), "POLAR_MITM_CACHE": str(default_cache()), "TMPDIR": str(home)}
         async with HarnessEngine() as engine:
-            run = await cli.run(
-                "--store", store, "--engine", engine.url, command=HARNESSES["claude-code"], task=task
-            )
+            run = await cli.run("--store", store, "--engine", engine.url, command=HARNESSES[name], task=task)
             done = await run.ended()
         assert (done.code, done.out.rstrip("\n")) == (0, LAST_WORDS), done.err
         assert (task / "hello.txt").read_text() == "hi"

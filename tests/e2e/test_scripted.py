@@ -1,4 +1,4 @@
-"""The real Claude Code and the real Codex, in real sandboxes, made to write a file by a scripted engine."""
+"""The real harnesses, in real sandboxes, made to write a file by a scripted engine."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tests.e2e.engines import LAST_WORDS, HarnessEngine, text_of
 from tests.support.record_fixtures import HARNESSES
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+REFUSED = {"opencode": {"models.opencode.ai", "registry.npmjs.org"}}  # it looks for models, and for a plugin
 
 
 @pytest.mark.parametrize("name", HARNESSES)
@@ -39,13 +40,19 @@ async def test_harness_writes_a_file(name: str, cli: Cli, tmp_path: Path) -> Non
     assert rollout.harness_version
 
     # Every token that the engine sampled for the harness is in the store, as sampled, under its own prompt.
-    assert len(calls) == 2 and all(call.status == "ok" and call.delivered for call in calls)
-    assert [c.completion_token_ids for c in calls] == [c.completion_token_ids for c in engine.asked]
-    assert [c.prompt_token_ids for c in calls] == [c.prompt_token_ids for c in engine.asked]
+    assert all(call.status == "ok" and call.delivered for call in calls)
+    thread = [call for call in calls if call.role == "main"]
+    assert len(thread) == 2
+    assert [c.role for c in calls if c not in thread] == (["auxiliary"] if name == "opencode" else [])
+    sampled = {tuple(c.prompt_token_ids): c.completion_token_ids for c in engine.asked}
+    assert {tuple(c.prompt_token_ids): c.completion_token_ids for c in calls} == sampled
+    assert len(sampled) == len(engine.asked) == len(calls)
     assert all(len(c.behaviour_logprobs) == len(c.completion_token_ids) for c in calls)
 
-    # What it printed is what was sampled.
-    assert done.out.rstrip("\n") == text_of(calls[-1].completion_token_ids) == LAST_WORDS
+    # What it printed is what was sampled; opencode also prints what its tools said.
+    printed = done.out.rstrip("\n")
+    assert printed.endswith(LAST_WORDS) if name == "opencode" else printed == LAST_WORDS
+    assert text_of(thread[-1].completion_token_ids) == LAST_WORDS
 
     # The provider's model name was asked for; ours was served.
     assert {c.model_served for c in calls} == {"scripted"}
@@ -53,10 +60,12 @@ async def test_harness_writes_a_file(name: str, cli: Cli, tmp_path: Path) -> Non
 
     trajectories, report = build(calls, rollout=rollout)
     assert report.adds_up and report.sampled == sum(len(c.completion_token_ids) for c in calls)
-    assert len(trajectories) == 1 and report.trained == report.sampled  # two turns, one thread
+    assert [t.role for t in trajectories].count("main") == 1  # two turns, one thread
+    assert report.trained == sum(len(c.completion_token_ids) for c in thread)  # and no side call
 
     # Nothing but the provider was reachable, and each refusal carries a name.
-    assert all(event.name for event in events)
+    refused = {event.name for event in events if event.verdict == "refused"}
+    assert all(refused) and REFUSED.get(name, set()) <= refused
     assert run.leftovers() == []
 
 

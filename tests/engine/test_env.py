@@ -156,13 +156,13 @@ def _node(directory: Path, version: str, npm: bool = True) -> None:
 def test_a_new_enough_node_of_the_system_is_used(
     pip: Pip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _node(tmp_path / "bin", "v22.1.0")
+    _node(tmp_path / "bin", "v22.19.0")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     assert node.ensure_node(tmp_path, _quiet) == tmp_path / "bin"
     assert pip.commands == []
 
 
-@pytest.mark.parametrize(("version", "npm"), [("v20.20.2", True), ("v22.1.0", False), ("rubbish", True)])
+@pytest.mark.parametrize(("version", "npm"), [("v22.18.9", True), ("v24.1.0", False), ("rubbish", True)])
 def test_else_one_is_installed(
     version: str, npm: bool, pip: Pip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,15 +89,14 @@ def test_what_cannot_be_installed_is_not_taken_for_whole(
 
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["claude-code", "codex"])
+@pytest.mark.parametrize("name", ["claude-code", "codex", "pi", "opencode"])
 def test_harness_runs_in_the_sandbox(name: str, certificates: tuple[str, Path]) -> None:
     """From the cache of whoever runs the tests, so not as somebody who may not read it."""
     recipe = recipes.load(name)
     harness = install.ensure_harness(recipe, default_cache())
     user = User.current(*certificates)
-    out = user.sandbox(
-        [*harness.command, "--version"], read_only=list(map(str, harness.ro_paths)), env=recipe.env
-    )
+    shown = list(map(str, harness.ro_paths))
+    out = user.sandbox([*harness.command, "--version"], read_only=shown, path=harness.path, env=recipe.env)
     assert out.exit_code == 0, out
     assert recipe.version in out.stdout
 

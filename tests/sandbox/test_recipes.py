@@ -42,8 +42,8 @@ def test_packaged_recipe(name: str) -> None:
     assert not any(key.lower().endswith(("_proxy", "_base_url")) for key in recipe.env)
 
 
-def test_claude_code_and_codex_are_there() -> None:
-    assert {"claude-code", "codex", "sdk-agent"} <= set(recipes.available())
+def test_what_comes_with_us() -> None:
+    assert recipes.available() == ["claude-code", "codex", "opencode", "pi", "sdk-agent"]
 
 
 def test_a_recipe_of_ones_own(tmp_path: Path) -> None:

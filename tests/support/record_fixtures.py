@@ -45,6 +45,8 @@ HARNESSES = {
     "codex": [*_CODEX, "--model", "gpt-5", PROMPT],
     # No model named: Codex then offers one JavaScript tool with a grammar, in a namespace.
     "codex-lite": [*_CODEX, PROMPT],
+    "pi": ["pi", "--print", PROMPT],
+    "opencode": ["opencode", "run", PROMPT],
 }
 """What is run, by the name of the fixture's folder."""
 
@@ -58,7 +60,8 @@ class Teller:
         self._first, self._last = Answer(text, reasoning), Answer("Done.")
         self._commands = ["printf %s hi > hello.txt", *more]
         self._breaks = breaks
-        self.said = dict.fromkeys([PROMPT, text, reasoning, self._last.text])
+        quoted = f'"{PROMPT}"'  # as opencode hands on what it is given as one word
+        self.said = dict.fromkeys([PROMPT, quoted, text, reasoning, self._last.text])
 
     def __call__(self, request: dict[str, Any], nth: int) -> Answer:
         calls = [call for command in self._commands if (call := shell_call(request, command))]

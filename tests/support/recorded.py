@@ -99,6 +99,11 @@ class Run:
     said: list[str]
     calls: list[Call]
 
+    @property
+    def thread(self) -> list[Call]:
+        """The calls of the main thread; side calls (opencode's title) offer no tools."""
+        return [call for call in self.calls if call.decode().tools]
+
     def read(self, call: Call, kind: str) -> bytes:
         """A derived file of a call: `upstream`, `response` or `call`."""
         (found,) = self.folder.glob(f"{call.number:02d}-{kind}.*")

@@ -4,7 +4,8 @@ What stays: keys, types, numbers, tool and property names, enumerations, ids of 
 stand-in per distinct value, so that equal things stay equal:
 
 - text with a space in it, or under a key that holds prose, becomes `Filler N stands for ...`;
-- UUIDs and long hexadecimal strings become numbered ones, our call ids too; times become one moment;
+- UUIDs, session ids and long hexadecimal strings become numbered ones, our call ids too; times become one
+  moment, kernels one version;
 - credentials become `<redacted>`.
 """
 
@@ -29,6 +30,8 @@ GRAMMAR = "start: TEXT\nTEXT: /[\\s\\S]+/\n"
 _TAGGED = re.compile(r"\s*<([\w -]+)>.*</([\w-]+)[\w -]*>\s*", re.DOTALL)
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _HEX = re.compile(r"(?<![0-9a-f-])[0-9a-f]{32,}(?![0-9a-f-])")
+_SESSION = re.compile(r"\bses_[0-9A-Za-z]{26}\b")
+_KERNEL = re.compile(r"\(linux [^;)]+")
 _SEAL = re.compile(r"cG9sYXI[A-Za-z0-9+/]+=*")
 _SECRET = re.compile(r"authorization|x-api-key", re.IGNORECASE)
 _MOMENTS = ((1.5e9, 2.5e9, 1_700_000_000), (1.5e12, 2.5e12, 1_700_000_000_000))
@@ -54,6 +57,8 @@ class Scrub:
                 value = "<redacted>"
             elif name.lower() == "x-claude-code-prev-tool-durations":
                 value = re.sub(r"=\d+", "=1", value)
+            elif name.lower() == "user-agent":
+                value = _KERNEL.sub("(linux 6.1.0", value)
             else:
                 value = self._json_text(value) or self.names(value)
             if name.lower() != "content-length":
@@ -95,6 +100,7 @@ class Scrub:
             text = text.replace(old, new)
         text = _SEAL.sub(self._reseal, text)
         text = _UUID.sub(lambda m: self._number(m[0], "00000000-0000-4000-8000-{:012x}"), text)
+        text = _SESSION.sub(lambda m: self._number(m[0], "ses_{:026d}"), text)
         return _HEX.sub(lambda m: self._number(m[0], "{:064x}"), text)
 
     def _reseal(self, match: re.Match[str]) -> str:
