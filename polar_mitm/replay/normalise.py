@@ -45,6 +45,8 @@ class Rule(Struct, frozen=True):
 
 _UUID = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 _DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
+_AGENT = "[0-9a-f]{17}"
+_NOTICE = '<subagent_notification>\n{"agent_path":"'
 _TURN = "body.client_metadata.x-codex-turn-metadata"
 
 RULES: tuple[Rule, ...] = (
@@ -62,10 +64,19 @@ RULES: tuple[Rule, ...] = (
     Rule("user_id", "body.metadata.user_id", "parse"),
     Rule("device_id", "body.metadata.user_id.device_id", "number", "[0-9a-f]{64}"),
     Rule("session_id", "body.metadata.user_id.session_id", "number", _UUID),
+    Rule("agent_id", "headers.x-claude-code-agent-id", "number", _AGENT),
+    Rule("agent_id", "body.messages.**", "number", f"(?<=agentId: ){_AGENT}|(?<=with to: '){_AGENT}"),
+    Rule("task_id", "body.messages.**", "number", "(?<=in background with ID: )[0-9a-z]+"),
+    Rule("task_id", "body.messages.**", "number", "(?<=<task-id>)[0-9a-z]+"),
+    Rule("task_id", "body.messages.**", "number", r"(?<=/tasks/)[0-9a-z]+(?=\.output)"),
+    Rule("user_number", "body.messages.**", "mask", "(?<=/tmp/claude-)[0-9]+"),
+    Rule("session_id", "body.messages.**", "number", f"(?<=-workspace/){_UUID}(?=/tasks/)"),
+    Rule("duration", "body.messages.**", "mask", "(?<=<duration_ms>)[0-9]+"),
     Rule("date", "body.messages.**", "mask", f"(?<=Today's date is ){_DATE}"),
     # Codex.
     Rule("session_id", "headers.session-id", "number", _UUID),
     Rule("thread_id", "headers.thread-id", "number", _UUID),
+    Rule("thread_id", "headers.x-codex-parent-thread-id", "number", _UUID),
     Rule("window_id", "headers.x-codex-window-id", "number", _UUID),
     Rule("turn_metadata", "headers.x-codex-turn-metadata", "parse"),
     Rule("turn_metadata", "headers.x-codex-turn-metadata.*", "number", _UUID),
@@ -82,6 +93,10 @@ RULES: tuple[Rule, ...] = (
     Rule("date", "body.input.*.content.*.text", "mask", f"(?<=<current_date>){_DATE}"),
     Rule("chunk_id", "body.input.*.output", "mask", "(?<=^Chunk ID: )[0-9a-f]+"),
     Rule("duration", "body.input.*.output", "mask", r"(?m)(?<=^Wall time: )[0-9.]+(?= seconds$)"),
+    Rule("process_id", "body.input.*.output", "number", r"(?m)(?<=^Process running with session ID )[0-9]+"),
+    Rule("agent_id", "body.input.*.output", "number", f'(?<=^{{"agent_id":"){_UUID}'),
+    Rule("nickname", "body.input.*.output", "mask", r'(?<=","nickname":")\w+(?="\}$)'),
+    Rule("agent_id", "body.input.*.content.*.text", "number", f"(?<=^{_NOTICE}){_UUID}"),
     Rule("duration", "body.input.*.output.*.text", "mask", r"(?m)(?<=^Wall time )[0-9.]+(?= seconds$)"),
     Rule("chunk_id", "body.input.*.output.*.text", "mask", r'(?<=^\{"chunk_id":")[0-9a-f]+'),
     Rule("duration", "body.input.*.output.*.text", "mask", r'(?<="wall_time_seconds":)[0-9.e-]+'),
