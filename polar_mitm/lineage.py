@@ -37,7 +37,8 @@ Fallback = Literal[
 ]
 """Why `Lineage.find` finds no parent."""
 
-MAX_BYTES = 64 << 20
+MAX_BYTES = 32 << 20
+"""What a `Lineage` keeps of a rollout, about: some 50 calls of 100,000 tokens, or all of a shorter one."""
 _NUM_RECENT = 8  # calls that a new one is compared with, to keep once what they share
 
 
@@ -85,7 +86,7 @@ class Found(Struct):
 
 
 class Lineage:
-    """The calls of one rollout, those of the last `max_bytes`. For one thread.
+    """The calls of one rollout, as many as `max_bytes` hold. For one thread.
 
     It keeps the messages and tools of the requests it is given: they must not be changed afterwards.
     """
@@ -148,9 +149,7 @@ class Lineage:
         if not known.answer.tool_calls:
             self._texts.setdefault(known.answer.text.strip(), []).append(known)
         while self._num_bytes > self._max_bytes and len(self._known) > 1:
-            oldest = next(iter(self._known))
-            self._forget(oldest)
-            self._gone[oldest] = "parent_evicted"
+            self._evict()
 
     def restore(self, calls: Iterable[tuple[ModelCall, ChatRequest]]) -> None:
         """Remember stored calls, oldest first, as after a restart."""
@@ -208,6 +207,13 @@ class Lineage:
         if shared is None:
             num_bytes += sum(len(tool.description) + 1000 for tool in tools)
         return [*ours, *new], tools if shared is None else shared, num_bytes
+
+    def _evict(self) -> None:
+        """Forget a call, rather one that was continued, which only a fork needs, than the last of a thread."""
+        *older, _ = self._known.values()
+        least = next((known for known in older if known.num_continued), older[0])
+        self._forget(least.call_id)
+        self._gone[least.call_id] = "parent_evicted"
 
     def _forget(self, call_id: str) -> None:
         known = self._known.pop(call_id, None)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polar_mitm.dialects.base import Dialect
-from polar_mitm.dialects.ids import minted, new_id
+from polar_mitm.dialects.ids import minted, new_id, seal
 from polar_mitm.dialects.registry import DIALECTS
 from polar_mitm.lineage import Lineage
 from polar_mitm.types import ChatRequest, Completion, Message, ModelCall, TextPart, ToolCall
@@ -112,3 +112,46 @@ def test_an_answer_that_flips_between_string_and_blocks_and_moves_its_cache_mark
         found = lineage.find(decode(ANTHROPIC, anthropic([*history, {"role": "user", "content": "Go on."}])))
         assert found.parent is not None
         assert found.edits == []
+
+
+CALL = "01JD0Z6Q3W0000000000000007"
+SEAL = seal(CALL, "Hm.")
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "tool_use", "id": f"toolu_{CALL}_0", "name": "bash", "input": {}},
+        {"type": "thinking", "thinking": "", "signature": SEAL},
+        {"type": "redacted_thinking", "data": SEAL},
+    ],
+    ids=lambda block: block["type"],
+)
+def test_each_id_of_ours_in_a_messages_history_names_the_call(block: dict[str, Any]) -> None:
+    history = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": [block]}]
+    assert Lineage().find(decode(ANTHROPIC, anthropic(history))).named == CALL
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "message", "role": "assistant", "id": f"msg_{CALL}_0", "content": "Yes."},
+        {"type": "reasoning", "id": f"rs_{CALL}_0", "summary": []},
+        {"type": "reasoning", "summary": [], "encrypted_content": SEAL},
+        {"type": "function_call", "id": f"fc_{CALL}_0", "call_id": "x", "name": "bash", "arguments": "{}"},
+        {"type": "function_call", "call_id": f"call_{CALL}_0", "name": "bash", "arguments": "{}"},
+        {"type": "custom_tool_call", "id": f"ctc_{CALL}_0", "call_id": "x", "name": "exec", "input": "ls"},
+        {"type": "custom_tool_call", "call_id": f"call_{CALL}_0", "name": "exec", "input": "ls"},
+    ],
+    ids=lambda item: "-".join([item["type"], *(key for key in item if "id" in key or key.startswith("enc"))]),
+)
+def test_each_id_of_ours_in_a_responses_history_names_the_call(item: dict[str, Any]) -> None:
+    assert (
+        Lineage().find(decode(RESPONSES, responses([{"role": "user", "content": "Hi."}, item]))).named == CALL
+    )
+
+
+def test_a_compaction_of_ours_is_known_as_one() -> None:
+    item = {"type": "compaction", "encrypted_content": SEAL}
+    found = Lineage().find(decode(RESPONSES, responses([{"role": "user", "content": "Hi."}, item])))
+    assert found.fallback == "compacted"

@@ -266,6 +266,18 @@ def test_the_longest_unused_is_forgotten_first() -> None:
     assert parent(world.find(*HEAD, *turn(first))) == first.call_id
 
 
+def test_the_last_call_of_a_waiting_thread_outlives_those_that_were_continued() -> None:
+    world = World(max_bytes=150_000)
+    waiting = world.call(ask(*HEAD), "Delegating.", tools=[COMMAND])
+    history: list[Message] = [HEAD[0], text("user", "Search.")]
+    for _ in range(10):
+        call = world.call(ask(*history), tools=[COMMAND], prompt_token_ids=[5] * 1000)
+        history += turn(call)
+    assert parent(world.find(*HEAD, *turn(waiting))) == waiting.call_id
+    assert parent(world.find(*history)) == call.call_id
+    assert world.find(*history[:4]).fallback == "parent_evicted"
+
+
 def test_500_calls_keep_each_message_once() -> None:
     world = World()
     history: list[Message] = list(HEAD)
