@@ -1,10 +1,10 @@
-"""`polar-mitm demo`: two unmodified harnesses, a real engine, one database, from nothing."""
+"""`polar-mitm demo`: unmodified harnesses, a real engine, one database, from nothing."""
 
 from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,7 +31,11 @@ PROMPT = (
 )
 HARNESSES = ("claude-code", "codex")
 OWN_AGENT = "sdk-agent"
-EXAMPLES = "$ polar-mitm demo\n\n$ polar-mitm demo --engine http://gpu-box:8000 --max-tokens 1024"
+EXAMPLES = (
+    "$ polar-mitm demo\n\n"
+    "$ polar-mitm demo --engine http://gpu-box:8000 --max-tokens 1024\n\n"
+    "$ polar-mitm demo --harness pi --harness opencode"
+)
 
 
 def demo(
@@ -41,6 +45,10 @@ def demo(
     ] = None,
     engine: EngineOption = None,
     model: ModelOption = "",
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="What to run; repeatable. Else claude-code and codex."),
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Cap on sampled tokens per call.")
     ] = 1024,
@@ -50,20 +58,21 @@ def demo(
 ) -> None:
     """From nothing: two harnesses, an engine, a database.
 
-    Sets up what can be set up, runs Claude Code and Codex on a small task, and
-    shows what was recorded. The default model is tiny, and does not solve the
-    task. What the demo shows is that two programs that know nothing of us are
-    answered by a local engine, and that every token sampled for them is
-    accounted for.
+    Sets up what can be set up, runs Claude Code and Codex (or what --harness
+    names) on a small task, and shows what was recorded. The default model is
+    tiny, and does not solve the task. What the demo shows is that programs that
+    know nothing of us are answered by a local engine, and that every token
+    sampled for them is accounted for.
 
-    Where neither can be installed, a small agent of ours takes their place.
+    Where none can be installed, a small agent of ours takes their place.
     """
     if store is not None and store.is_dir():
         fail(f"--store takes a file, and {store} is a directory")
+    _check_names(harness or [])
     say("1. the sandbox: a network namespace with nothing but our listeners in it", style="bold")
     _check_sandbox()
     say("2. the harnesses, unmodified, at pinned versions", style="bold")
-    jobs, unavailable = _jobs(timeout)
+    jobs, unavailable = _jobs(harness or HARNESSES, timeout)
     say("3. the engine", style="bold")
     with _engine(engine, model, keep_engine) as (url, name):
         info = probed(url, name)
@@ -75,6 +84,14 @@ def demo(
     if not tell_demo(Demo(info, recorded, ran, unavailable), json):
         say("a harness was not answered: its calls, and the end of its output, say why", style="red")
         raise typer.Exit(NO)
+
+
+def _check_names(harnesses: Sequence[str]) -> None:
+    from polar_mitm_sandbox import recipes
+
+    known = recipes.available()
+    if unknown := set(harnesses) - set(known):
+        fail(f"--harness takes one of {', '.join(known)}, not {', '.join(sorted(unknown))}")
 
 
 def _check_sandbox() -> None:
@@ -92,24 +109,27 @@ def _check_sandbox() -> None:
             fail(f"no sandbox can be made here: {check.name}: {check.detail}: {check.fix}", SETUP)
 
 
-def _jobs(timeout: float) -> tuple[list[Job], dict[str, str]]:
-    """What can be run here, and why the rest cannot."""
+def _jobs(harnesses: Sequence[str], timeout: float) -> tuple[list[Job], dict[str, str]]:
+    """What of `harnesses` can be run here, and why the rest cannot."""
     jobs: list[Job] = []
     unavailable: dict[str, str] = {}
-    for name in (*HARNESSES, OWN_AGENT):
-        if name == OWN_AGENT:
-            if jobs:
-                break
-            say("our own small agent on Anthropic's SDK takes their place: it is intercepted in the same way")
+
+    def add(name: str) -> None:
         try:
             job = prepare(name, [], PROMPT)
         except SetupError as error:
             unavailable[name] = str(error)
             say(f"{name} cannot be installed here: {str(error).splitlines()[0]}", style="yellow")
-            continue
+            return
         job.timeout_s = timeout
         say(f"{job.name} {job.version}")
         jobs.append(job)
+
+    for name in dict.fromkeys(harnesses):
+        add(name)
+    if not jobs:
+        say("our own small agent on Anthropic's SDK takes their place: it is intercepted in the same way")
+        add(OWN_AGENT)
     if not jobs:
         fail(
             "nothing to run: neither the harnesses nor our own agent can be installed (is there a network?)",

@@ -16,7 +16,7 @@ _VERSION = "24.19.0"
 
 
 def ensure_node(cache: Path, on_step: OnStep) -> Path:
-    """A directory with `node` (22.19 or later), `npm` and `npx`, to be put on PATH: npm looks `node` up there.
+    """A directory with `node` (22.19 or later), `npm` and `npx`, to be put on PATH: npm needs `node` there.
 
     Its parent holds all that they need (`bin/`, `lib/node_modules/npm`), unless it is the system's.
 

@@ -84,7 +84,7 @@ RUNNING = [
     (
         "run --store new.duckdb --engine {engine} --harness nope --prompt x",
         125,
-        "there are claude-code, codex",
+        "there are claude-code, codex, opencode, pi, sdk-agent",
     ),
     (
         "run --store new.duckdb --engine {engine} --harness recipe.toml --prompt x",
@@ -122,6 +122,7 @@ RUNNING = [
     ("up --store new.duckdb --engine http://127.0.0.1:9", 3, "no engine answers"),
     ("demo --store folder", 2, "is a directory"),
     ("demo --timeout 0", 2, "--timeout"),
+    ("demo --harness codex --harness nope", 2, "takes one of claude-code, codex, opencode, pi, sdk-agent"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,19 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.mark.timeout(1800)
-async def test_demo_with_a_real_engine(cli: Cli, vllm: engine.EngineState, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [(), ("pi", "opencode")])
+async def test_demo_with_a_real_engine(
+    names: Sequence[str], cli: Cli, vllm: engine.EngineState, tmp_path: Path
+) -> None:
     store = tmp_path / "demo.duckdb"
-    demo = await cli.start("demo", "--json", "--store", store, "--engine", vllm.url)
+    options = [part for name in names for part in ("--harness", name)]
+    demo = await cli.start("demo", "--json", "--store", store, "--engine", vllm.url, *options)
     done = await demo.ended(1500)
     assert done.code == 0, done.err
     told = done.json()
 
     assert told["engine"]["model"] == vllm.served_model_name
-    assert [h["name"] for h in told["harnesses"]] == ["claude-code", "codex"]
+    assert [h["name"] for h in told["harnesses"]] == list(names or ("claude-code", "codex"))
     for harness in told["harnesses"]:
         assert harness["version"] and harness["exit_code"] == 0
         assert harness["calls"] >= 1 and harness["sampled_tokens"] >= 1 and harness["incomplete"] is None
