@@ -41,7 +41,7 @@ QuarantineReason = Literal[
 ]
 
 
-class CallSpan(Struct, frozen=True):
+class CallSpan(Struct, frozen=True, gc=False):
     """Where one call lies in a trajectory.
 
     Positions `[start, sampled_start)` are what the call's prompt added to the tokens before it, positions
@@ -88,9 +88,8 @@ class Trajectory:
 
     @property
     def num_context(self) -> int:
-        """How many leading tokens belong to calls whose place to train is another trajectory."""
-        own = (span.start for span in self.spans if span.mask_reason != "shared_prefix")
-        return next(own, self.token_ids.size)
+        """How many tokens lie before the first call that trains here."""
+        return next((s.start for s in self.spans if s.mask_reason is None), self.token_ids.size)
 
 
 @dataclass(frozen=True, slots=True)

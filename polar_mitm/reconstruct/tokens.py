@@ -30,18 +30,17 @@ class Tokens:
         self.shared: list[int] = columns.shared.tolist()
         self.num_prompt: list[int] = num_prompt.tolist()
         self.num_ids: list[int] = (num_prompt + completion.lengths).tolist()
-        self.base: list[int] = np.where(columns.shared == 0, NO_BASE, columns.base).tolist()
+        self.base: list[int] = columns.base.tolist()
         self.order = self._order()
 
     def _order(self) -> list[int]:
         on_top: dict[int, list[int]] = {}
         for row, base in enumerate(self.base):
-            on_top.setdefault(base, []).append(row)
+            if 0 <= self.shared[row] <= (self.num_ids[base] if base >= 0 else 0):
+                on_top.setdefault(base, []).append(row)
         order = on_top.get(NO_BASE, [])
         for base in order:
-            for row in on_top.get(base, ()):
-                if 0 <= self.shared[row] <= self.num_ids[base]:
-                    order.append(row)
+            order += on_top.get(base, ())
         return order
 
     def ids(self, row: int) -> NDArray[np.int32]:

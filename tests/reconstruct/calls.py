@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from polar_mitm.columns import RolloutColumns
 from polar_mitm.reconstruct import BuildReport, Trajectory, build
 from polar_mitm.types import ModelCall
 
@@ -66,9 +67,29 @@ def reasons(trajectories: Sequence[Trajectory]) -> dict[tuple[str, str], str]:
     }
 
 
-def checked(calls: Sequence[ModelCall], **options: Any) -> tuple[list[Trajectory], BuildReport]:
-    """`build`, with the rules that hold whatever the calls are."""
-    trajectories, report = build(calls, **options)
+def polar(calls: Sequence[ModelCall], **options: Any) -> tuple[Sequence[Trajectory], BuildReport]:
+    """Polar's rule, with what holds of it too: each call in one trajectory at most, and the account."""
+    trajectories, report = build(calls, builder="polar-splice", **options)
+    assert report.adds_up and report.trained == sum(t.num_trained for t in trajectories)
+    placed = [s.call_id for t in trajectories for s in t.spans]
+    assert len(set(placed)) == len(placed)
+    by_id = {c.call_id: c for c in calls}
+    for t in trajectories:
+        for span in t.spans:
+            sampled = slice(span.sampled_start, span.end)
+            assert t.token_ids[sampled].tolist() == by_id[span.call_id].completion_token_ids
+            assert set(t.loss_mask[sampled].tolist()) == {int(span.mask_reason is None)}
+    return trajectories, report
+
+
+def checked(
+    calls: Sequence[ModelCall], columns: RolloutColumns | None = None, **options: Any
+) -> tuple[list[Trajectory], BuildReport]:
+    """`build`, of the same calls' `columns` where given, with the rules that hold whatever the calls are."""
+    lazy, report = build(calls if columns is None else columns, **options)
+    trajectories = list(lazy)
+    assert len(lazy) == len(trajectories) == report.num_trajectories
+    assert report.trained == sum(t.num_trained for t in trajectories) and report.mismatched == 0
     assert report.adds_up
     assert report.sampled == sum(max(len(c.completion_token_ids), c.usage.completion_tokens) for c in calls)
     by_id = {c.call_id: c for c in calls}

@@ -67,3 +67,39 @@ def expected(
             else:
                 trained.setdefault(step.call_id, leaf.call_id)
     return paths, trained, masked
+
+
+def spliced(calls: Sequence[ModelCall]) -> tuple[list[list[int]], int, int]:
+    """Polar's rule: token streams, trained tokens with another context than their own, tokens dropped."""
+    chains: list[list[ModelCall]] = []
+    for one in sorted(calls, key=start):
+        best: list[ModelCall] | None = None
+        for chain in chains:
+            tip = chain[-1].prompt_token_ids
+            if one.prompt_token_ids[: len(tip)] == tip and (
+                best is None or len(tip) > len(best[-1].prompt_token_ids)
+            ):
+                best = chain
+        if best is None:
+            chains.append([one])
+        else:
+            best.append(one)
+    streams, mismatched, dropped = [], 0, 0
+    for chain in chains:
+        ended = [c.completion_token_ids[-1] for c in chain if c.finish_reason in ("stop", "tool_calls")]
+        stream, before, broken = list(chain[0].prompt_token_ids), None, False
+        for one in chain:
+            if before is not None and not broken:
+                tail = one.prompt_token_ids[len(before.prompt_token_ids) :]
+                broken = not ended or ended[0] not in tail
+                if not broken:
+                    at = tail.index(ended[0])
+                    stream += tail[at + 1 :] if before.completion_token_ids[-1] == ended[0] else tail[at:]
+            if broken:
+                dropped += len(one.completion_token_ids)
+                continue
+            mismatched += len(one.completion_token_ids) * (stream != one.prompt_token_ids)
+            stream += one.completion_token_ids
+            before = one
+        streams.append(stream)
+    return streams, mismatched, dropped

@@ -1,0 +1,132 @@
+"""What a build gives, case by case."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from polar_mitm.reconstruct import build
+from polar_mitm.types import Rollout
+from tests.reconstruct.calls import call, checked, follow, paths, reasons, trained_in
+
+SYSTEM = [1, 2, 3]
+
+
+def test_a_conversation_is_one_trajectory() -> None:
+    a = call("a", SYSTEM, [10, 11])
+    b = follow("b", a, [4, 5], [12])
+    c = follow("c", b, [6], [13, 14])
+    (one,), report = checked([a, b, c])
+    assert one.token_ids.tolist() == [1, 2, 3, 10, 11, 4, 5, 12, 6, 13, 14]
+    assert one.loss_mask.tolist() == [0, 0, 0, 1, 1, 0, 0, 1, 0, 1, 1]
+    assert one.behaviour_logprobs.tolist() == [0, 0, 0, -0.125, -0.25, 0, 0, -0.125, 0, -0.125, -0.25]
+    assert [(s.call_id, s.start, s.sampled_start, s.end) for s in one.spans] == [
+        ("a", 0, 3, 5),
+        ("b", 5, 7, 8),
+        ("c", 8, 9, 11),
+    ]
+    assert (report.sampled, report.trained, report.num_masked, report.num_quarantined) == (5, 5, 0, 0)
+
+
+def test_extension_outweighs_delivery() -> None:
+    a = call("a", SYSTEM, [10], delivered=False)
+    b = call("b", SYSTEM, [11], delivered=True)
+    c = follow("c", a, [4], [12])
+    trajectories, _ = checked([a, b, c])
+    assert paths(trajectories) == {"c": "ac", "b": "b"} and reasons(trajectories) == {("b", "b"): "orphan"}
+
+
+def test_retries_of_which_none_arrived_leave_the_last_one_alive() -> None:
+    calls = [call(name, SYSTEM, [ord(name)], delivered=False, status="cancelled") for name in "abc"]
+    trajectories, report = checked(calls)
+    assert trained_in(trajectories) == {"c": ["c"]} and report.masked == {"orphan": 2}
+
+
+def test_greedy_retry_with_an_equal_answer_trains_once() -> None:
+    a = call("a", SYSTEM, [10, 11], delivered=False)
+    b = call("b", SYSTEM, [10, 11])
+    c = follow("c", b, [4], [12])
+    trajectories, report = checked([a, b, c])
+    assert paths(trajectories) == {"c": "bc", "a": "a"}
+    assert report.trained == 3 and report.masked == {"orphan": 2}
+    named, _ = checked([a, b, follow("c", a, [4], [12], parent_call_id="a")])
+    assert paths(named) == {"c": "ac", "b": "b"}, "recorded lineage chooses between equal ids"
+
+
+def test_a_branch_trains_its_stem_once() -> None:
+    a = call("a", SYSTEM, [10, 11])
+    b = follow("b", a, [4], [12])
+    c = follow("c", a, [5], [13])
+    trajectories, report = checked([a, b, c])
+    assert paths(trajectories) == {"b": "ab", "c": "ac"}
+    assert trained_in(trajectories) == {"a": ["b"], "b": ["b"], "c": ["c"]}
+    assert reasons(trajectories) == {("c", "a"): "shared_prefix"}
+    assert report.masked == {}, "a shared token is trained, so it is not accounted as masked"
+
+
+def test_a_stem_never_trains_on_an_orphans_path() -> None:
+    a = call("a", SYSTEM, [10])
+    orphan = follow("b", a, [4], [11], delivered=False)
+    c = follow("c", a, [4], [12])
+    trajectories, _ = checked([a, orphan, c])
+    assert trained_in(trajectories) == {"a": ["c"], "c": ["c"]}
+    assert {t.trajectory_id: t.num_trained for t in trajectories} == {"c": 2, "b": 0}
+
+
+def test_a_cancelled_call_keeps_its_partial_tokens_marked_truncated() -> None:
+    a = call("a", SYSTEM, [10])
+    b = follow("b", a, [4], [11, 12], status="cancelled", delivered=False, finish_reason=None)
+    (one,), report = checked([a, b])
+    assert [s.truncated for s in one.spans] == [False, True] and report.trained == 3
+
+
+def test_a_failed_call_is_left_out_and_its_successor_continues_the_call_before_it() -> None:
+    a = call("a", SYSTEM, [10])
+    broken = follow("b", a, [4], [11], status="failed", error="engine broke", finish_reason=None)
+    c = follow("c", broken, [5], [12])
+    (one,), report = checked([a, broken, c])
+    assert one.token_ids.tolist() == [*SYSTEM, 10, 4, 11, 5, 12]
+    assert one.loss_mask.tolist() == [0, 0, 0, 1, 0, 0, 0, 1]
+    assert report.quarantined == {"failed": 1}
+
+
+def test_an_incomplete_rollout_is_quarantined_whole() -> None:
+    a = call("a", SYSTEM, [10])
+    trajectories, report = checked([a], rollout=Rollout("r1", incomplete="a write failed"))
+    assert len(trajectories) == 0 and report.quarantined == {"incomplete_rollout": 1}
+    assert report.quarantined_calls == (("a", "incomplete_rollout"),)
+
+
+def test_the_group_travels_with_the_trajectory() -> None:
+    (one,), _ = checked([call("a", SYSTEM, [10])], rollout=Rollout("r1", group_id="g7"))
+    assert (one.rollout_id, one.group_id, one.role) == ("r1", "g7", "main")
+
+
+def test_order_of_arrival_does_not_matter() -> None:
+    a = call("a", SYSTEM, [10])
+    b = call("b", SYSTEM, [10], delivered=False)
+    c = follow("c", a, [4], [11], started_at=98.0)
+    d = follow("d", a, [4], [12], started_at=98.0, delivered=False)
+    broken = [call(name, SYSTEM, [7], status="failed") for name in "ef"]
+    expected = build([a, b, c, d, *broken])
+    for order in itertools.permutations([a, b, c, d, *broken]):
+        trajectories, report = build(order)
+        assert report == expected[1]
+        for ours, theirs in zip(trajectories, expected[0], strict=True):
+            assert ours.spans == theirs.spans
+            assert np.array_equal(ours.token_ids, theirs.token_ids)
+            assert np.array_equal(ours.loss_mask, theirs.loss_mask)
+
+
+def test_calls_of_two_rollouts_are_refused() -> None:
+    with pytest.raises(ValueError, match="r1, r2"):
+        build([call("a", SYSTEM, [1]), call("b", SYSTEM, [2], rollout_id="r2")])
+    with pytest.raises(ValueError, match="r1, r3"):
+        build([call("a", SYSTEM, [1])], rollout=Rollout("r3"))
+
+
+def test_no_calls_no_trajectories() -> None:
+    trajectories, report = checked([])
+    assert len(trajectories) == 0 and report.sampled == 0
