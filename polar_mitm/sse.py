@@ -30,9 +30,13 @@ class SSEDecoder:
     """
 
     def __init__(self, max_event_bytes: int = 16 << 20) -> None:
-        self._buffer = bytearray()
-        self._after_cr = False
         self._max = max_event_bytes
+        self._after_cr = False
+        self._at_start = True
+        self._cut: list[bytes] = []  # a line whose end has not come
+        self._num_bytes = 0  # of the event so far, line ends and `_cut` included
+        self._name = b""
+        self._data: list[bytes] = []
 
     def feed(self, data: bytes) -> list[Event]:
         """Decode a chunk.
@@ -50,33 +54,41 @@ class SSEDecoder:
             self._after_cr = data.endswith(b"\r")
         if b"\r" in data:
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        scan_from = max(0, len(self._buffer) - 1)
-        self._buffer += data
+        *lines, rest = data.split(b"\n")
+        if lines and self._cut:
+            self._num_bytes -= sum(map(len, self._cut))
+            lines[0] = b"".join([*self._cut, lines[0]])
+            self._cut = []
         events: list[Event] = []
-        start = 0
-        while (end := self._buffer.find(b"\n\n", max(start, scan_from))) >= 0:
-            if end - start > self._max:
+        for line in lines:
+            if not line:
+                if self._data:
+                    events.append(Event(self._name.decode("utf-8", "replace"), b"\n".join(self._data)))
+                self._name, self._data, self._num_bytes = b"", [], 0
+                continue
+            self._num_bytes += len(line) + 1
+            if self._num_bytes - 1 > self._max:
                 raise EventTooLarge(self._max, events)
-            if event := _parse(bytes(self._buffer[start : end + 1])):
-                events.append(event)
-            start = end + 2
-        if start:
-            del self._buffer[:start]
-        if len(self._buffer) - self._buffer.endswith(b"\n") > self._max:
-            raise EventTooLarge(self._max, events)
+            self._read(line)
+        if rest:
+            self._cut.append(rest)
+            self._num_bytes += len(rest)
+            if self._num_bytes > self._max:
+                raise EventTooLarge(self._max, events)
         return events
 
-
-def _parse(block: bytes) -> Event | None:
-    name = b""
-    data: list[bytes] = []
-    for line in block.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
+    def _read(self, line: bytes) -> None:
+        if self._at_start:
+            self._at_start = False
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.startswith(b"data: "):  # by far the most frequent
+            self._data.append(line[6:])
+            return
         field, _, value = line.partition(b":")
         if field == b"data":
-            data.append(value.removeprefix(b" "))
+            self._data.append(value.removeprefix(b" "))
         elif field == b"event":
-            name = value.removeprefix(b" ")
-    return Event(name.decode("utf-8", "replace"), b"\n".join(data)) if data else None
+            self._name = value.removeprefix(b" ")
 
 
 def encode(data: bytes, event: str = "") -> bytes:

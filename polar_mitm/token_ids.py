@@ -11,6 +11,8 @@ from typing import overload
 
 import msgspec
 
+_BLANKS = (b" ", b"\t", b"\r", b"\n")
+
 
 class TokenIds(Sequence[int]):
     """A list of ids that is parsed when an element is asked for; its length is known at once.
@@ -18,11 +20,12 @@ class TokenIds(Sequence[int]):
     `text` is the list without brackets and blanks, such as `12,7,9`.
     """
 
-    __slots__ = ("_ids", "text")
+    __slots__ = ("_ids", "_num", "text")
 
     def __init__(self, text: bytes) -> None:
         self.text = text
         self._ids: list[int] | None = None
+        self._num: int | None = None
 
     @classmethod
     def from_json(cls, array: bytes) -> TokenIds:
@@ -31,13 +34,22 @@ class TokenIds(Sequence[int]):
         Raises:
             ValueError: it is something else.
         """
-        text = array.translate(None, b" \t\r\n")
+        text = array
+        if any(blank in text for blank in _BLANKS):  # looking is ten times faster than deleting
+            text = text.translate(None, b"".join(_BLANKS))
         if text[:1] != b"[" or text[1:-1].translate(None, b"0123456789,"):
             raise ValueError("token ids must be a list of non-negative integers")
         return cls(text[1:-1])
 
+    @classmethod
+    def of(cls, ids: Sequence[int]) -> TokenIds:
+        """Any ids as their text."""
+        return ids if isinstance(ids, TokenIds) else cls(msgspec.json.encode(list(ids))[1:-1])
+
     def __len__(self) -> int:
-        return self.text.count(b",") + 1 if self.text else 0
+        if self._num is None:
+            self._num = self.text.count(b",") + 1 if self.text else 0
+        return self._num
 
     def __bool__(self) -> bool:
         return bool(self.text)
