@@ -12,8 +12,10 @@ import aiohttp
 
 from polar_mitm.config import Settings
 from polar_mitm.dialects.routes import HOSTS
+from polar_mitm.lineage import Lineage
 from polar_mitm.types import EgressEvent, EgressLayer, EgressVerdict, ModelCall
 from polar_mitm.upstream.engine import EngineInfo
+from polar_mitm.upstream.render import Answers
 
 if TYPE_CHECKING:
     from polar_mitm.store import Recorder
@@ -33,6 +35,7 @@ class Session:
     incomplete: str | None = None
     closed: bool = False
     seq: int = 0
+    lineage: Lineage = field(default_factory=Lineage)
 
     def next_seq(self) -> int:
         self.seq += 1
@@ -48,6 +51,7 @@ class Capture:
     recorder: Recorder
     http: aiohttp.ClientSession
     observe: Callable[[ModelCall], None] = lambda call: None
+    answers: Answers = field(default_factory=Answers)
     default: Session | None = None
     clients: dict[str, Session] = field(default_factory=dict)
     silent: set[str] = field(default_factory=set)

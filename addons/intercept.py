@@ -18,8 +18,9 @@ from polar_mitm.dialects.base import Reply
 from polar_mitm.dialects.registry import DIALECTS
 from polar_mitm.dialects.routes import route
 from polar_mitm.errors import PolarError
-from polar_mitm.exchange import Exchange, UpstreamRequest
+from polar_mitm.exchange import Exchange, Lookups, Step
 from polar_mitm.types import Wire
+from polar_mitm.upstream.render import Lookup
 from polar_mitm_addons.capture import Capture, Session
 from polar_mitm_addons.identify import PROVIDER, wants_websocket
 from polar_mitm_addons.replies import stream_head, to_response
@@ -52,6 +53,8 @@ class Intercept:
             self._capture.settings,
             rollout_id=session.rollout_id,
             seq=session.next_seq(),
+            lineage=session.lineage,
+            answers=self._capture.answers,
         )
         call = _Call(self._capture, session, flow, exchange)
         self._live.add(call)
@@ -132,23 +135,30 @@ class _Call:
     async def _converse(self) -> bytes | Reply:
         """From the request to the last bytes, which are returned, not sent."""
         step = self._start()
-        if isinstance(step, Reply):
-            return step
         settings = self._capture.settings
         try:
-            async with await self._post(step) as response:
-                if response.status != 200:
-                    return self._exchange.reject(response.status, await response.content.read(1 << 16))
-                await (self._relay if step.stream else self._next_output)(response.content)
-                await self._linger(response.content)
-                return self._exchange.finish()
+            while not isinstance(step, Reply):
+                if isinstance(step, Lookups):
+                    url = step.url
+                    found = await asyncio.gather(*(self._look_up(url, lookup) for lookup in step.lookups))
+                    step = self._exchange.answered(found)
+                    continue
+                async with await self._post(step.url, step.body) as response:
+                    if response.status != 200:
+                        body = await response.content.read(1 << 16)
+                        step = self._exchange.reject(response.status, body)
+                        continue
+                    await (self._relay if step.stream else self._next_output)(response.content)
+                    await self._linger(response.content)
+                    return self._exchange.finish()
+            return step
         except TimeoutError:
             message = f"the engine was silent for {settings.head_timeout_s:.0f} s or more"
             return self._exchange.fail(PolarError("upstream", message))
         except (aiohttp.ClientError, OSError) as error:
             return self._exchange.fail(PolarError("upstream", f"the engine's connection failed: {error}"))
 
-    def _start(self) -> UpstreamRequest | Reply:
+    def _start(self) -> Step:
         flow, limit = self._flow, self._capture.settings.max_body_bytes
         wire = _wire(flow)
         if TOO_LARGE in flow.metadata:
@@ -163,7 +173,16 @@ class _Call:
         flow.request.raw_content = b""  # the wire record holds it now
         return self._exchange.start(wire, headers)
 
-    async def _post(self, step: UpstreamRequest) -> aiohttp.ClientResponse:
+    async def _look_up(self, url: str, lookup: Lookup) -> bytes | None:
+        """The engine's answer to a small question; None where there is none in time."""
+        try:
+            async with asyncio.timeout(self._capture.settings.render_timeout_s):
+                async with await self._post(url + lookup.path, lookup.body) as response:
+                    return await response.read() if response.status == 200 else None
+        except (TimeoutError, aiohttp.ClientError, OSError):
+            return None
+
+    async def _post(self, url: str, body: bytes) -> aiohttp.ClientResponse:
         settings = self._capture.settings
         timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=settings.connect_timeout_s, sock_read=settings.idle_timeout_s
@@ -173,7 +192,7 @@ class _Call:
         async def post() -> aiohttp.ClientResponse:
             async with asyncio.timeout(settings.head_timeout_s):
                 return await self._capture.http.post(
-                    step.url, data=step.body, headers=headers, timeout=timeout, allow_redirects=False
+                    url, data=body, headers=headers, timeout=timeout, allow_redirects=False
                 )
 
         try:

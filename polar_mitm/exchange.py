@@ -2,6 +2,8 @@
 
     exchange = Exchange(...)
     step = exchange.start(...)            # an UpstreamRequest to send, or a Reply: the call ends here
+    while isinstance(step, Lookups):      # or questions to the engine first, to continue an earlier call
+        step = exchange.answered(answers)
     exchange.feed(chunk) -> bytes         # for each chunk of the engine's answer, to be sent at once
     exchange.finish() -> bytes            # the engine's end: the terminal event, or the whole JSON answer
     exchange.fail(error), .cancel()       # the other two ways to end
@@ -12,15 +14,19 @@ Nothing here raises for what a harness or an engine sends, and nothing blocks.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from polar_mitm.config import Settings
+from polar_mitm.continuation import Continued, Steps, go_on
 from polar_mitm.dialects.base import Dialect, Reply, StreamEncoder
 from polar_mitm.dialects.ids import minted, new_id
 from polar_mitm.errors import PolarError
+from polar_mitm.lineage import Found, Lineage
 from polar_mitm.types import (
     CallStatus,
     ChatRequest,
@@ -35,6 +41,9 @@ from polar_mitm.types import (
 )
 from polar_mitm.upstream import vllm
 from polar_mitm.upstream.engine import EngineInfo
+from polar_mitm.upstream.render import Answers, Lookup, with_prompt
+
+logger = logging.getLogger(__name__)
 
 
 class UpstreamRequest(Struct):
@@ -45,8 +54,22 @@ class UpstreamRequest(Struct):
     stream: bool
 
 
+class Lookups(Struct):
+    """What to POST to the engine at `url`, all at once; `Exchange.answered` takes the answers' bodies."""
+
+    url: str
+    lookups: list[Lookup]
+
+
+Step = UpstreamRequest | Reply | Lookups
+
+
 class Exchange:
-    """See the module. One instance is one call and is used by one task."""
+    """See the module. One instance is one call and is used by one task.
+
+    Without a `lineage`, the calls of the rollout so far, it continues none. `answers` is what the engine was
+    asked before, by any call.
+    """
 
     def __init__(
         self,
@@ -58,8 +81,16 @@ class Exchange:
         seq: int,
         clock: Callable[[], float] = time.time,
         call_id: str | None = None,
+        lineage: Lineage | None = None,
+        answers: Answers | None = None,
     ) -> None:
         self._dialect = dialect
+        self._lineage = lineage
+        self._answers = answers or Answers()
+        self._found = Found()
+        self._steps: Steps | None = None
+        self._asked: list[Lookup] = []
+        self._continued = Continued()
         self._engine = engine
         self._settings = settings
         self._clock = clock
@@ -82,6 +113,7 @@ class Exchange:
             status="failed",
             model_served=engine.model,
             policy_version=engine.policy_version or None,
+            tokenizer=engine.tokenizer,
             started_at=clock(),
         )
         self.ended = False
@@ -94,7 +126,7 @@ class Exchange:
 
     # -- the request ---------------------------------------------------------------------------------
 
-    def start(self, wire: Wire, headers: Mapping[str, str]) -> UpstreamRequest | Reply:
+    def start(self, wire: Wire, headers: Mapping[str, str]) -> Step:
         """Decode the harness's request (`wire.request_body`, content-decoded)."""
         call = self.call
         call.wire = wire
@@ -115,7 +147,75 @@ class Exchange:
         call.stream = request.stream
         call.notes = request.notes
         self._request = request
-        return UpstreamRequest(self._engine.url + vllm.CHAT_PATH, call.upstream_body, request.stream)
+        return self._continue(request)
+
+    def _continue(self, request: ChatRequest) -> Step:
+        """Find the call that this one continues. Whatever goes wrong, it can be rendered anew."""
+        if self._lineage is None:
+            return self._ask()
+        try:
+            found = self._found = self._lineage.find(request)
+        except Exception:
+            logger.exception("lineage of call %s", self.call.call_id)
+            return self._plainly("internal_error")
+        self.call.parent_call_id = found.named
+        if found.parent is None:
+            return self._plainly(found.fallback or "no_parent")
+        if not self._settings.continuation:
+            return self._plainly("continuation_off")
+        if not self._answers.token_input:
+            return self._plainly("engine_without_token_input")
+        self._steps = go_on(
+            found,
+            request,
+            self.call.upstream_body,
+            lambda messages: vllm.build_body(
+                replace(request, messages=messages), self.call.sampling, self._engine
+            ),
+            self._engine,
+            self._settings.keep_reasoning,
+        )
+        return self._advance(None)
+
+    def answered(self, answers: list[bytes | None]) -> Step:
+        """The engine's answers to the lookups of the last step, in order; None for one that failed."""
+        for lookup, answer in zip(self._asked, answers, strict=True):
+            if answer is not None:
+                self._answers.put(lookup.key, answer)
+        fresh = iter(answers)
+        return self._advance([next(fresh) if a is None else a for a in self._known])
+
+    def _advance(self, answers: list[bytes | None] | None) -> Step:
+        assert self._steps is not None
+        try:
+            while True:
+                lookups = next(self._steps) if answers is None else self._steps.send(answers)
+                self._known = answers = [self._answers.get(lookup.key) for lookup in lookups]
+                self._asked = [lk for lk, answer in zip(lookups, answers, strict=True) if answer is None]
+                if self._asked:
+                    return Lookups(self._engine.url, self._asked)
+        except StopIteration as stop:
+            self._continued = stop.value
+        except Exception:
+            logger.exception("continuation of call %s", self.call.call_id)
+            return self._plainly("internal_error")
+        if self._continued.prompt_token_ids is None:
+            return self._plainly(self._continued.fallback or "internal_error")
+        self.call.continuation = "exact"
+        self.call.edits = [*self._found.edits, *self._continued.edits]
+        return self._ask()
+
+    def _plainly(self, fallback: str) -> UpstreamRequest:
+        """Have the engine render the messages."""
+        self.call.continuation, self.call.fallback, self.call.edits = "none", fallback, []
+        self._continued = Continued()
+        return self._ask()
+
+    def _ask(self) -> UpstreamRequest:
+        assert self._request is not None
+        body, prompt = self.call.upstream_body, self._continued.prompt_token_ids
+        body = body if prompt is None else with_prompt(body, prompt)
+        return UpstreamRequest(self._engine.url + vllm.CHAT_PATH, body, self._request.stream)
 
     def refuse(self, error: PolarError, wire: Wire | None = None) -> Reply:
         """End the call without the engine: the harness's request cannot be served."""
@@ -192,8 +292,10 @@ class Exchange:
         self._keep(reply)
         return reply
 
-    def reject(self, status: int, body: bytes) -> Reply:
-        """The engine answered with an HTTP error."""
+    def reject(self, status: int, body: bytes) -> Reply | UpstreamRequest:
+        """The engine answered with an HTTP error. Where it may be our prompt of ids, it is asked again."""
+        if self._continued.prompt_token_ids is not None and status in (400, 422):
+            return self._plainly("engine_refused_token_input")
         return self._reply("failed", vllm.rejection(status, body, self._settings.retry_after_s))
 
     def fail(self, error: PolarError) -> bytes | Reply:
@@ -221,7 +323,25 @@ class Exchange:
         call.usage = done.usage
         call.finish_reason = done.finish_reason
         call.wire.response_body = b"".join(self._sent)
+        if call.status in ("ok", "cancelled"):
+            call.answer = done.message
+        self._remember()
         return call
+
+    def _remember(self) -> None:
+        """Later calls may continue this one."""
+        if self._lineage is None or self._request is None:
+            return
+        rendered: bytes | None = None  # the prompt is the rendering
+        if self._continued.rendered is not None:
+            text = self._continued.rendered.text
+            rendered = None if self._continued.rendered == self.completion.prompt_token_ids else text
+        elif self._settings.keep_reasoning == "always" and any(m.reasoning for m in self._request.messages):
+            rendered = b""  # continuations are rendered without reasoning: not known
+        try:
+            self._lineage.add(self.call, self._request, rendered, self.completion.stop_reason)
+        except Exception:
+            logger.exception("lineage of call %s", self.call.call_id)
 
     # -- inside --------------------------------------------------------------------------------------
 
@@ -229,6 +349,8 @@ class Exchange:
         done = self.completion
         if delta.prompt_token_ids is not None:
             done.prompt_token_ids = delta.prompt_token_ids
+            if self._continued.prompt_token_ids not in (None, delta.prompt_token_ids):
+                self._ignored()
         if delta.token_ids:
             if self.call.first_token_at is None:
                 self.call.first_token_at = self._clock()
@@ -246,6 +368,14 @@ class Exchange:
             done.stop_reason = delta.stop_reason
         if delta.usage is not None:
             done.usage = delta.usage
+
+    def _ignored(self) -> None:
+        """The engine has used another prompt than the ids that it was given: never give it any again."""
+        logger.error("the engine ignores token ids as a prompt: no call is continued from here on")
+        self._answers.token_input = False
+        self._continued = Continued()
+        self.call.continuation, self.call.edits = "none", []
+        self.call.fallback = "engine_ignored_token_input"
 
     def _message(self) -> Message:
         calls = []

@@ -5,8 +5,24 @@ from __future__ import annotations
 from msgspec import Struct
 
 
+class Template(Struct, frozen=True):
+    """What the probe learnt of a model's chat template.
+
+    `generation_prompt` are the ids that it ends a prompt with, so that the model answers (JSON text without
+    brackets). `after_text` is the id that follows an answer of plain text where a user's message comes next:
+    of an answer that was cut off, it says where the answer ends. None where the template does not say.
+    """
+
+    generation_prompt: bytes
+    after_text: int | None = None
+
+
 class EngineInfo(Struct, frozen=True):
-    """A probed engine. `policy_version` is its own word for its weights; `images` whether it reads them."""
+    """A probed engine. `policy_version` is its own word for its weights; `images` whether it reads them.
+
+    `template` is None where the engine does not render for us, or takes no token ids as a prompt: its calls
+    cannot continue one another exactly. `tokenizer` is a fingerprint of text to ids.
+    """
 
     url: str
     model: str
@@ -14,3 +30,5 @@ class EngineInfo(Struct, frozen=True):
     version: str = ""
     policy_version: str = ""
     images: bool = False
+    tokenizer: str = ""
+    template: Template | None = None

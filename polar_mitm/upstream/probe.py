@@ -1,20 +1,28 @@
 """The start-up probe: an engine that cannot give token ids and logprobs is refused before any rollout.
 
 Ids have vanished silently in several engine versions (streaming with a tool parser) and behind routers that
-drop unknown fields; the probe asks for exactly what a capture asks for, and counts.
+drop unknown fields; the probe asks for exactly what a capture asks for, and counts. Then it looks whether
+calls can continue one another by ids, and what the chat template puts around an answer; an engine that cannot
+is fit all the same.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from typing import Any
 
 import aiohttp
 import msgspec
 
 from polar_mitm.errors import EngineUnfit, PolarError
+from polar_mitm.token_ids import TokenIds
 from polar_mitm.types import Delta
-from polar_mitm.upstream.engine import EngineInfo
+from polar_mitm.upstream.engine import EngineInfo, Template
+from polar_mitm.upstream.render import RENDER_PATH, rendered, with_prompt
 from polar_mitm.upstream.vllm import CHAT_PATH, ChatStream, rejection
+
+logger = logging.getLogger(__name__)
 
 _TOOL = {
     "type": "function",
@@ -24,6 +32,12 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
+_TEXT = (
+    "def f(x_1):\n\treturn  10000 - x_1  # caf\u00e9, na\u00efve, \u4f60\u597d, "
+    "\u041f\u0440\u0438\u0432\u0435\u0442, \U0001f642 don't <b>HTML</b>\r\n"
+)
+_JSON = {"content-type": "application/json"}
+_ONE_TOKEN: dict[str, Any] = {"max_tokens": 1, "stream": True, "return_token_ids": True}
 _PIXEL = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAA"
     "AABJRU5ErkJggg=="
@@ -56,6 +70,8 @@ async def probe(url: str, model: str = "", *, timeout_s: float = 120.0) -> Engin
             await _check_stream(http, url, name, tool_choice="required")
             fingerprint = await _check_stream(http, url, name, tool_choice="auto")
             images = await _reads_images(http, url, name)
+            tokenizer = await _fingerprint(http, url, name)
+            template = await _template(http, url, name)
         except EngineUnfit:
             raise
         except PolarError as error:
@@ -76,6 +92,8 @@ async def probe(url: str, model: str = "", *, timeout_s: float = 120.0) -> Engin
         version=version,
         policy_version=str(weights) if weights else f"{name}@{fingerprint or version}",
         images=images,
+        tokenizer=tokenizer,
+        template=template,
     )
 
 
@@ -103,17 +121,10 @@ async def _check_stream(http: aiohttp.ClientSession, url: str, model: str, tool_
         "top_logprobs": 0,
         "return_token_ids": True,
     }
-    stream, total = ChatStream(), Delta()
-    async with http.post(url + CHAT_PATH, json=body) as response:
-        if response.status != 200:
-            error = rejection(response.status, await response.read(), 0)
-            raise EngineUnfit(f"a streaming tool call (tool_choice {tool_choice}) failed: {error.message}")
-        async for chunk in response.content.iter_any():
-            for delta in stream.feed(chunk):
-                total.prompt_token_ids = total.prompt_token_ids or delta.prompt_token_ids
-                total.token_ids += delta.token_ids
-                total.logprobs += delta.logprobs
-                total.usage = delta.usage or total.usage
+    try:
+        stream, total = await _answer(http, url, msgspec.json.encode(body))
+    except _Rejected as error:
+        raise EngineUnfit(f"a streaming tool call (tool_choice {tool_choice}) failed: {error}") from error
     missing = []
     if not total.prompt_token_ids:
         missing.append("prompt_token_ids")
@@ -138,3 +149,77 @@ async def _reads_images(http: aiohttp.ClientSession, url: str, model: str) -> bo
     async with http.post(url + CHAT_PATH, json=body) as response:
         await response.read()
         return response.status == 200
+
+
+class _Rejected(Exception):
+    """The engine answered with an error."""
+
+
+async def _answer(http: aiohttp.ClientSession, url: str, body: bytes) -> tuple[ChatStream, Delta]:
+    """A streamed chat completion, all of it as one delta."""
+    stream, total = ChatStream(), Delta()
+    async with http.post(url + CHAT_PATH, data=body, headers=_JSON) as response:
+        if response.status != 200:
+            raise _Rejected(rejection(response.status, await response.read(), 0).message)
+        async for chunk in response.content.iter_any():
+            for delta in stream.feed(chunk):
+                total.prompt_token_ids = total.prompt_token_ids or delta.prompt_token_ids
+                total.token_ids += delta.token_ids
+                total.logprobs += delta.logprobs
+                total.usage = delta.usage or total.usage
+    return stream, total
+
+
+async def _fingerprint(http: aiohttp.ClientSession, url: str, model: str) -> str:
+    """A digest of what the tokenizer makes of a text that tokenizers disagree on; "" where it is not told."""
+    async with http.post(url + "/tokenize", json={"model": model, "prompt": _TEXT}) as response:
+        if response.status != 200:
+            return ""
+        ids = msgspec.json.decode(await response.read())["tokens"]
+    return hashlib.blake2b(msgspec.json.encode(ids), digest_size=8).hexdigest()
+
+
+# --- whether and how calls continue one another ---------------------------------------------------------
+
+
+async def _template(http: aiohttp.ClientSession, url: str, model: str) -> Template | None:
+    """What the chat template puts around an answer; None where the engine does not play along."""
+
+    async def ids(*turns: str, **fields: Any) -> bytes:
+        async with http.post(
+            url + RENDER_PATH, data=_chat(model, *turns, **fields), headers=_JSON
+        ) as response:
+            answer = await response.read()
+            if response.status != 200:
+                raise _Rejected(rejection(response.status, answer, 0).message)
+        return rendered(answer).text
+
+    try:
+        asked, history = await ids("q"), await ids("q", add_generation_prompt=False)
+        # Two answers that end differently: what both renderings end with is what follows an answer.
+        one, other = await ids("q", "first", "next"), await ids("q", "then 2", "next")
+        _, used = await _answer(http, url, with_prompt(_chat(model, "q", **_ONE_TOKEN), TokenIds(other)))
+    except (_Rejected, PolarError, ValueError) as error:
+        logger.warning("%s: calls are not continued by token ids: %s", url, error)
+        return None
+    if used.prompt_token_ids != TokenIds(other):
+        logger.warning("%s: calls are not continued by token ids: the engine ignores a prompt of ids", url)
+        return None
+    if not asked.startswith(history + b","):
+        logger.warning("%s: calls are not continued by token ids: no generation prompt in the template", url)
+        return None
+    return Template(asked[len(history) + 1 :], _ending(one.split(b","), other.split(b",")))
+
+
+def _chat(model: str, *turns: str, **fields: Any) -> bytes:
+    """A conversation that the user begins."""
+    messages = [{"role": "assistant" if n % 2 else "user", "content": text} for n, text in enumerate(turns)]
+    return msgspec.json.encode({"model": model, "messages": messages, **fields})
+
+
+def _ending(one: list[bytes], other: list[bytes]) -> int | None:
+    """The first id of the common end of two renderings."""
+    common = 0
+    while common < min(len(one), len(other)) and one[-1 - common] == other[-1 - common]:
+        common += 1
+    return int(one[-common]) if common else None

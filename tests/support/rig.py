@@ -140,14 +140,16 @@ class _Asyncio:
 
 
 @asynccontextmanager
-async def rig(engine_url: str, store: Recorder | None = None, **settings: Any) -> AsyncIterator[Rig]:
-    """An interceptor in front of the engine at `engine_url`, which is not probed.
+async def rig(
+    engine_url: str, store: Recorder | None = None, *, engine: EngineInfo | None = None, **settings: Any
+) -> AsyncIterator[Rig]:
+    """An interceptor in front of the engine at `engine_url`, which is not probed; `engine` says what it can.
 
     It records into `store`, or into a `MemoryRecorder`. Whatever a test does, mitmproxy itself must never
     open a connection: the end of the block checks it.
     """
     recorder = MemoryRecorder()
-    info = EngineInfo(engine_url, "scripted", max_model_len=1 << 20, policy_version="scripted@1")
+    info = engine or EngineInfo(engine_url, "scripted", max_model_len=1 << 20, policy_version="scripted@1")
     config = Settings(**({"head_grace_s": 0.02} | settings))
     watched = _Asyncio()
     with mock.patch.object(server, "asyncio", watched), mock.patch.object(certs, "create_ca", _create_ca):

@@ -1,9 +1,9 @@
 """A scripted stand-in for vLLM's OpenAI server, for fault injection and for runs without a model.
 
-The wire shapes are those of vLLM 0.32 (`/v1/chat/completions`, `/v1/models`, `/tokenize`, `/version`,
-`/health`): the first chunk carries the role and `prompt_token_ids`, each further chunk `token_ids` and
-`logprobs.content`, also where the delta is empty because a parser holds the text back; then usage, then
-`[DONE]`. As in vLLM, ids, logprobs and usage come only when asked for, and
+The wire shapes are those of vLLM 0.32 (`/v1/chat/completions` and its `/render`, `/v1/models`, `/tokenize`,
+`/detokenize`, `/version`, `/health`): the first chunk carries the role and `prompt_token_ids`, each further
+chunk `token_ids` and `logprobs.content`, also where the delta is empty because a parser holds the text back;
+then usage, then `[DONE]`. As in vLLM, ids, logprobs and usage come only when asked for, and
 `kv_transfer_params.prompt_token_ids` replaces the rendered prompt. What is answered is up to a `Script`;
 `calls` is the engine's own record of what it sampled; clear it (after a probe, say) and the script's count
 starts anew.
@@ -21,6 +21,7 @@ import asyncio
 import json
 import math
 import os
+from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
 from aiohttp import web
@@ -42,11 +43,16 @@ class ScriptedEngine:
         model: str = "scripted",
         max_model_len: int = 1 << 20,
         images: bool = False,
+        takes_ids: bool = True,
     ) -> None:
+        """`takes_ids`: whether it heeds `kv_transfer_params`, which routers drop and old versions ignore."""
         self.script = script or always(Answer(text="ok"))
         self.model = model
         self.max_model_len = max_model_len
         self.images = images
+        self.takes_ids = takes_ids
+        self.renders: list[dict[str, Any]] = []
+        self.render_fault: Callable[[], Awaitable[web.Response]] | None = None
         self.calls: list[EngineCall] = []
         self.url = ""
         self._host, self._port = host, port
@@ -54,6 +60,7 @@ class ScriptedEngine:
         app.add_routes(
             [
                 web.post("/v1/chat/completions", self._chat),
+                web.post("/v1/chat/completions/render", self._render),
                 web.get("/v1/models", self._models),
                 web.post("/tokenize", self._tokenize),
                 web.post("/detokenize", self._detokenize),
@@ -75,7 +82,15 @@ class ScriptedEngine:
 
     def prompt_ids(self, body: dict[str, Any]) -> list[int]:
         """The rendered prompt."""
-        return byte_tokens.encode(byte_tokens.render(body["messages"], body.get("tools")))
+        generate = body.get("add_generation_prompt", True)
+        return byte_tokens.encode(byte_tokens.render(body["messages"], body.get("tools"), generate=generate))
+
+    async def _render(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.renders.append(body)
+        if self.render_fault is not None:
+            return await self.render_fault()
+        return web.json_response({"request_id": "chatcmpl-0", "token_ids": self.prompt_ids(body)})
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response()
@@ -125,7 +140,7 @@ class ScriptedEngine:
             for part in message["content"]
         ):
             return _error(400, "BadRequestError", f"{self.model} is not a multimodal model")
-        given = (body.get("kv_transfer_params") or {}).get("prompt_token_ids")
+        given = (body.get("kv_transfer_params") or {}).get("prompt_token_ids") if self.takes_ids else None
         prompt_ids = given or self.prompt_ids(body)
         answer = self.script(body, len(self.calls))
         call = EngineCall(len(self.calls), self.model, body, prompt_ids)

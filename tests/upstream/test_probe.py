@@ -12,12 +12,15 @@ import pytest
 from aiohttp import web
 
 from polar_mitm.errors import EngineUnfit
-from polar_mitm.upstream.engine import EngineInfo
+from polar_mitm.upstream.engine import EngineInfo, Template
 from polar_mitm.upstream.probe import probe
+from tests.support import byte_tokens
 from tests.support.engine_bytes import events
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.scripts import Answer, Script, always
 
+# `<|im_start|>assistant` and a newline; a turn ends with `<|im_end|>`.
+TEMPLATE = Template(",".join(map(str, byte_tokens.encode("<|im_start|>assistant\n"))).encode(), 2)
 CALL = Answer(tool_calls=[("get_weather", '{"city": "Paris"}')])
 
 
@@ -34,17 +37,35 @@ def faulty(*, only_when: Callable[[dict[str, Any]], bool] = lambda _: True, **fa
 async def test_a_fit_engine(images: bool) -> None:
     async with ScriptedEngine(always(CALL), max_model_len=5000, images=images) as engine:
         for url in (engine.url, engine.url + "/", engine.url + "/v1"):
-            assert await probe(url) == EngineInfo(
+            found = await probe(url)
+            assert len(found.tokenizer) == 16
+            assert found == EngineInfo(
                 url=engine.url,
                 model="scripted",
                 max_model_len=5000,
                 version="0.32.0",
                 policy_version="scripted@vllm-0.32.0-scripted",
                 images=images,
+                tokenizer=found.tokenizer,
+                template=TEMPLATE,
             )
         streamed = [call.request for call in engine.calls if call.request.get("stream")]
-        assert all(r["return_token_ids"] and r["logprobs"] and r["tools"] for r in streamed)
-        assert {r["tool_choice"] for r in streamed} == {"required", "auto"}
+        with_tools = [r for r in streamed if "tools" in r]
+        assert all(r["return_token_ids"] for r in streamed)
+        assert all(r["logprobs"] for r in with_tools)
+        assert {r["tool_choice"] for r in with_tools} == {"required", "auto"}
+
+
+async def test_an_engine_that_ignores_ids_is_fit_but_continues_nothing() -> None:
+    async with ScriptedEngine(always(CALL), takes_ids=False) as engine:
+        assert (await probe(engine.url)).template is None
+
+
+async def test_tokenizers_have_different_fingerprints(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with ScriptedEngine(always(CALL)) as engine:
+        one = (await probe(engine.url)).tokenizer
+        monkeypatch.setattr(byte_tokens, "BYTE_OFFSET", 20)
+        assert (await probe(engine.url)).tokenizer != one
 
 
 async def test_a_model_is_chosen_or_missed_by_name() -> None:
