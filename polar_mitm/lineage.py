@@ -20,7 +20,9 @@ from typing import Any, Literal
 from msgspec import Struct, field
 
 from polar_mitm.dialects.ids import call_id_of
+from polar_mitm.dialects.registry import DIALECTS
 from polar_mitm.equivalence import HARMLESS, Edit, edits_between, same
+from polar_mitm.errors import PolarError
 from polar_mitm.token_ids import TokenIds
 from polar_mitm.types import ChatRequest, ImagePart, Message, ModelCall, Tool
 
@@ -151,10 +153,16 @@ class Lineage:
         while self._num_bytes > self._max_bytes and len(self._known) > 1:
             self._evict()
 
-    def restore(self, calls: Iterable[tuple[ModelCall, ChatRequest]]) -> None:
-        """Remember stored calls, oldest first, as after a restart."""
+    def restore(self, calls: Iterable[tuple[ModelCall, ChatRequest]], tokenizer: str) -> None:
+        """Remember stored calls, oldest first, as after a restart; `asked` makes pairs of calls.
+
+        Ids of another tokenizer than the engine's, `tokenizer`, are not continued.
+        """
         for call, request in calls:
-            self.add(call, request)
+            if call.tokenizer == tokenizer:
+                self.add(call, request)
+            else:
+                self._gone[call.replayed_from or call.call_id] = "parent_not_usable"
 
     # -- finding -------------------------------------------------------------------------------------
 
@@ -185,9 +193,7 @@ class Lineage:
         if same_text:
             return _check(same_text[-1], request, at)
         for known in self._asked.get(at, ()):
-            if isinstance(
-                _history_edits(known, request, at), list
-            ):  # it was asked this, and said something else
+            if isinstance(_history_edits(known, request, at), list):  # asked the same, it said something else
                 return Found(fallback="history_edited", named=known.call_id)
         return None
 
@@ -209,7 +215,7 @@ class Lineage:
         return [*ours, *new], tools if shared is None else shared, num_bytes
 
     def _evict(self) -> None:
-        """Forget a call, rather one that was continued, which only a fork needs, than the last of a thread."""
+        """Forget a call: rather one that was continued, which only a fork needs, than a thread's last."""
         *older, _ = self._known.values()
         least = next((known for known in older if known.num_continued), older[0])
         self._forget(least.call_id)
@@ -223,6 +229,16 @@ class Lineage:
         _drop(self._asked, known.num_messages, known)
         if not known.answer.tool_calls:
             _drop(self._texts, known.answer.text.strip(), known)
+
+
+def asked(calls: Iterable[ModelCall]) -> Iterator[tuple[ModelCall, ChatRequest]]:
+    """Calls as read from a store, with their wire, and what they asked; without those that asked nonsense."""
+    for call in calls:
+        headers = {name.lower(): value for name, value in call.wire.request_headers}
+        try:
+            yield call, DIALECTS[call.dialect].decode(call.wire.request_body, headers, call.wire.path)
+        except (PolarError, KeyError):  # or it was no call of a model
+            continue
 
 
 def lineage_of(calls: Iterable[tuple[ModelCall, ChatRequest]]) -> Iterator[tuple[ModelCall, Found]]:

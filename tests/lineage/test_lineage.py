@@ -8,7 +8,20 @@ import pytest
 from polar_mitm.dialects.ids import minted, new_id
 from polar_mitm.lineage import lineage_of
 from polar_mitm.types import Message, Tool
-from tests.lineage.world import COMMAND, HEAD, TOOLS, World, ask, compact, echo, parent, results, said, text
+from tests.lineage.world import (
+    COMMAND,
+    HEAD,
+    TOOLS,
+    World,
+    ask,
+    compact,
+    copy,
+    echo,
+    parent,
+    results,
+    said,
+    text,
+)
 
 
 def turn(call, **changes):
@@ -240,10 +253,7 @@ def test_a_resumed_session_and_a_restarted_interceptor_find_the_same() -> None:
     first = world.call(ask(*HEAD), tools=[COMMAND])
     second = world.call(ask(*HEAD, *turn(first)), "Done.")
     resumed = World()
-    resumed.lineage.restore(
-        (call, msgspec.json.decode(msgspec.json.encode(asked), type=type(asked)))
-        for call, asked in world.calls
-    )
+    resumed.lineage.restore(((call, copy(asked)) for call, asked in world.calls), tokenizer="")
     request = [*HEAD, *turn(first), *turn(second), text("user", "And now?")]
     assert parent(world.find(*request)) == parent(resumed.find(*request)) == second.call_id
 
