@@ -188,7 +188,8 @@ class Lineage:
                 return Found(fallback=self._gone.get(call_id, "no_parent"), named=call_id)
             return _check(known, request, at)
         same_text = self._texts.get(answer.text.strip(), [])
-        if fits := [found for known in same_text if (found := _check(known, request, at)).parent is not None]:
+        checked = [_check(known, request, at) for known in same_text if known.num_messages == at]
+        if fits := [found for found in checked if found.parent is not None]:
             return _choose(fits)
         if same_text:
             return _check(same_text[-1], request, at)
@@ -293,11 +294,11 @@ def _unchanged(before: Message, now: Message) -> list[Edit] | None:
 
 def _choose(fits: list[Found]) -> Found:
     """Of calls asked and answering the same: any where their ids are the same too, else the one that fits."""
-    fewest = min(len(found.edits) for found in fits)
-    fits = [found for found in fits if len(found.edits) == fewest]
     known = [(found, found.parent) for found in fits if found.parent is not None]
     if any(parent.delivered for _, parent in known):  # nobody echoes what he was not given
         known = [(found, parent) for found, parent in known if parent.delivered]
+    fewest = min(len(found.edits) for found, _ in known)
+    known = [(found, parent) for found, parent in known if len(found.edits) == fewest]
     first = known[0][1]
     if all(_ids(parent) == _ids(first) for _, parent in known):
         return min(known, key=lambda pair: pair[1].num_continued)[0]
