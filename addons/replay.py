@@ -238,7 +238,16 @@ class _Served:
             call.status, call.error = "cancelled", "the harness hung up"
             self._step.note = "the harness hung up, which it did not in the record"
         call.delivered = call.status == "ok"
+        self._remember()
         await _record(self._capture, self._session, call)
+
+    def _remember(self) -> None:
+        """After a fork, live calls may continue this one."""
+        call, wire = self._call, self._call.wire
+        headers = {name.lower(): value for name, value in wire.request_headers}
+        with contextlib.suppress(PolarError):
+            request = DIALECTS[call.dialect].decode(wire.request_body, headers, wire.path)
+            self._session.lineage.add(call, request, rendered=b"")
 
 
 async def _record(capture: Capture, session: Session, call: ModelCall) -> None:

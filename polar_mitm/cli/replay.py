@@ -15,7 +15,7 @@ import typer
 
 from polar_mitm.cli import loop
 from polar_mitm.cli.engine import EngineOption, ModelOption, probed
-from polar_mitm.cli.exits import NO, fail
+from polar_mitm.cli.exits import ENGINE, NO, fail
 from polar_mitm.cli.output import JsonFlag, plural, print_json, print_table, say, short, tell
 from polar_mitm.cli.reading import StoreOption, chosen, reading
 from polar_mitm.cli.rollout import Job, Outcome, run_rollout
@@ -35,6 +35,8 @@ EXAMPLES = (
 _MIN_TIMEOUT_S = 60.0
 _LATER = 3.0
 """A replay may take this many times as long as what it replays before it counts as stuck."""
+_FORK = ("call_id", "parent_call_id", "continuation", "fallback", "edits")
+_NOTHING_BEFORE = ("first_call", "compacted")
 _PROVIDERS = {dialect: provider for provider, dialect in ERROR_DIALECT.items()}
 
 
@@ -113,23 +115,30 @@ def replay(
         job.sample_index = 1 + max(siblings)
         job.forked_from = f"{recorded.rollout_id}/{fork_at}"
         info = probed(engine or settings.engine, model or settings.engine_model)
+        settings = settings.model_copy(update={"keep_reasoning": recorded.keep_reasoning})
+        _same_tokenizer(calls, info)
     cut_off = recorded.status in ("timeout", "interrupted")
     playing = Replay(recorded.rollout_id, calls, fork_at=fork_at, cut_off=cut_off)
     with workspace(task_dir) as job.workdir, _written(out or (store if fork_at else None)) as written:
         outcome = loop.run(_run(job, settings, info, written, playing, fast))
     report = playing.report()
     same_end = fork_at is not None or cut_off or outcome.exit_code == recorded.exit_code
+    live = _first_live(outcome) if report.forked else None
+    exact = live is None or live.continuation == "exact" or live.fallback in _NOTHING_BEFORE
     told = {
         **msgspec.to_builtins(report),
-        "faithful": report.faithful and same_end,
+        "faithful": report.faithful and same_end and exact,
+        "fork": live and {name: getattr(live, name) for name in _FORK},
         "exit_code": outcome.exit_code,
         "recorded_exit_code": recorded.exit_code,
-        "run": {**asdict(outcome), "store": written if out or fork_at else None},
+        "run": {**asdict(outcome), "store": outcome.store if out or fork_at else None},
     }
     if json:
         print_json(told)
     else:
         _tell(report, outcome, recorded, same_end)
+        if live is not None and not exact:
+            tell(f"the live part does not go on from the recorded tokens: {live.fallback}", style="red")
     raise typer.Exit(0 if told["faithful"] else NO)
 
 
@@ -192,6 +201,21 @@ def _job(recorded: Rollout, harness: str | None, command: Sequence[str]) -> Job:
 def _deadline(recorded: Rollout) -> float:
     took = (recorded.ended_at or recorded.started_at) - recorded.started_at
     return max(_MIN_TIMEOUT_S, _LATER * took)
+
+
+def _first_live(outcome: Outcome) -> ModelCall | None:
+    """The call that the fork begins with."""
+    assert outcome.store is not None
+    with reading(outcome.store) as reader:
+        calls = reader.calls(outcome.rollout_id, tokens=False)
+    return next((call for call in calls if call.replayed_from is None), None)
+
+
+def _same_tokenizer(calls: Sequence[ModelCall], info: EngineInfo) -> None:
+    """Recorded ids are text only to the tokenizer that they were sampled with."""
+    others = {call.tokenizer for call in calls} - {"", info.tokenizer}
+    if others and info.tokenizer:
+        fail(f"the engine at {info.url} has another tokenizer than that of the recorded calls", ENGINE)
 
 
 def _call_id(calls: Sequence[ModelCall], given: str) -> str:
