@@ -1,7 +1,15 @@
-"""Teacher forcing in torch: what logprob has each id of a sequence, given the ids before it?"""
+"""Teacher forcing in torch: what logprob has each id of a sequence, given the ids before it?
+
+    python scorer.py MODEL DTYPE
+
+serves that over stdin and stdout, for a program that has no torch of its own (`polar_mitm.verify.process`
+says how they talk). So nothing of this project is imported here.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.utils.logging import disable_progress_bar
 
 _CHUNK = 1024
 _CHUNK_LOGITS = 1 << 26  # [chunk, vocabulary] stays below 256 MB of float32
@@ -81,3 +90,27 @@ class TorchScorer:
             return shared
         self._cache = DynamicCache(config=self._model.config)
         return 0
+
+
+def main(model: str, dtype: str) -> None:
+    """Score what comes on stdin until it ends."""
+    disable_progress_bar()
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    scorer = TorchScorer(model, dtype)
+    out.write(np.int64(scorer.vocabulary).tobytes())
+    out.flush()
+    while head := sys.stdin.buffer.read(8):
+        ids = np.frombuffer(sys.stdin.buffer.read(8 * int.from_bytes(head, sys.byteorder)), dtype=np.int64)
+        try:
+            answer = scorer.score(ids).tobytes()
+            size = ids.size
+        except ValueError as error:
+            answer = str(error).encode()
+            size = -len(answer)
+        out.write(np.int64(size).tobytes() + answer)
+        out.flush()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

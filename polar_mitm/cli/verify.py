@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
+import sys
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -16,11 +18,14 @@ from polar_mitm.cli.engine import probed
 from polar_mitm.cli.exits import NO, SETUP, fail
 from polar_mitm.cli.output import JsonFlag, err, print_json, progress
 from polar_mitm.cli.reading import RolloutOption, chosen, reading
-from polar_mitm.cli.verify_report import document, tell_reports
+from polar_mitm.cli.verify_input import Source, trajectories_of
+from polar_mitm.cli.verify_report import Found, tell_found
 from polar_mitm.types import Rollout
 
 if TYPE_CHECKING:
+    from polar_mitm.reconstruct import Builder
     from polar_mitm.store import StoreReader
+    from polar_mitm.store.seal import SealCheck
     from polar_mitm.upstream.engine import EngineInfo
     from polar_mitm.verify import RolloutReport, Scorer
 
@@ -30,6 +35,14 @@ EXAMPLES = (
     "$ polar-mitm verify runs.duckdb --model ./Qwen3-0.6B --json"
 )
 _MANAGED = "managed"
+
+
+class BuilderName(StrEnum):
+    """Who made the trajectories."""
+
+    forest = "forest"
+    per_request = "per-request"
+    polar_splice = "polar-splice"
 
 
 def verify(
@@ -44,6 +57,7 @@ def verify(
         typer.Option("--model", "-m", metavar="DIR", help="Score in torch with this Hugging Face folder."),
     ] = None,
     dtype: Annotated[str, typer.Option(metavar="TYPE", help="Of --model.")] = "float32",
+    builder: Annotated[BuilderName, typer.Option(help="Whose trajectories.")] = BuilderName.forest,
     weights: Annotated[
         str | None,
         typer.Option(metavar="MODEL@VERSION", help="Which of the recorded weights the scorer holds."),
@@ -52,18 +66,22 @@ def verify(
         float,
         typer.Option(min=0.0, metavar="NATS", help="Drift of a token; bfloat16 on one side needs some 0.2."),
     ] = 1e-3,
+    seal: Annotated[
+        bool, typer.Option("--seal", help="Check seals too, and name the first record that was changed.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Prove that each token trains under the context it was sampled under.
 
-    Without an engine or a model: every trajectory is compared, id for id, with
-    what the engine reported of its calls, and every sampled token accounted
-    for. With one, trained tokens are scored again by teacher forcing, and the
-    drift of their logprobs is told: max, mean and mismatch KL (Schulman's k3).
+    Without an engine or a model: every trajectory (as `reconstruct --write`
+    stored it, else as it is built now) is compared, id for id, with what the
+    engine reported of its calls, and every sampled token accounted for. With
+    one, trained tokens are scored again by teacher forcing, and the drift of
+    their logprobs is told: max, mean and mismatch KL (Schulman's k3).
 
-    Exit code 1 if a context differs, the account does not add up, or a token
-    drifts beyond the tolerance. Calls sampled under other weights than the
-    scorer's are counted apart and not scored.
+    Exit code 1 if a context differs, the account does not add up, a token
+    drifts beyond the tolerance, or a seal is broken or missing. Calls sampled
+    under other weights than the scorer's are counted apart and not scored.
     """
     if engine and model:
         fail("--engine or --model, not both")
@@ -73,51 +91,58 @@ def verify(
         rollouts = chosen(reader, rollout)
         info = probed(None if engine == _MANAGED else engine) if engine else None
         held = weights or _held(reader, rollouts, info, model)
-        reports = loop.run(_verify(reader, rollouts, info, model, dtype, held, tolerance))
-    sound = all(report.sound for report in reports)
-    compared = any(report.calls for report in reports)
-    if (engine or model) and not compared and any(report.trained for report in reports):
-        sound = False
+        seals = _check_seals(reader, rollouts) if seal else []
+        scoring = _scorer(info, model, dtype)
+        found = Found(
+            builder=builder,
+            reports=loop.run(_verify(reader, rollouts, builder.value, scoring, held, tolerance)),
+            seals=seals,
+            scored=bool(engine or model),
+            weights=held,
+            tolerance=tolerance,
+        )
     if json:
-        print_json(document(reports, sound, held, tolerance))
+        print_json(found.document())
     else:
-        tell_reports(reports, bool(engine or model), held, tolerance)
-    if not sound:
+        tell_found(found)
+    if not found.sound:
         raise typer.Exit(NO)
 
 
 async def _verify(
     reader: StoreReader,
     rollouts: list[Rollout],
-    info: EngineInfo | None,
-    model: Path | None,
-    dtype: str,
+    builder: Builder,
+    scoring: AbstractAsyncContextManager[Scorer | None],
     held: str | None,
     tolerance: float,
-) -> list[RolloutReport]:
+) -> list[tuple[Source, RolloutReport]]:
     """One rollout in memory at a time."""
-    from polar_mitm.reconstruct import build
-    from polar_mitm.verify import examine, sampled, score
+    from polar_mitm.verify import Examination, sampled, score
 
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     reports = []
-    async with _scorer(info, model, dtype) as scorer:
+    async with scoring as scorer:
         with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-            # A rollout's part of the bar is its trajectories' tokens'.
             task = bar.add_task("verifying", total=len(rollouts))
-            for each in rollouts:
+            for number, each in enumerate(rollouts, 1):
                 calls = reader.calls(each.rollout_id)
-                trajectories, account = build(calls, rollout=each)
-                examined = examine(each.rollout_id, trajectories, account, map(sampled, calls))
+                given = trajectories_of(reader, each, calls, builder)
+                examination = Examination(
+                    each.rollout_id, map(sampled, calls), weights=held, tolerance=tolerance
+                )
                 del calls
-                num_tokens = sum(t.token_ids.size for t in trajectories)
-                if scorer is None or not num_tokens:
-                    bar.advance(task)
-                else:
-                    async for done in score(examined, scorer, held, tolerance):
-                        bar.advance(task, done / num_tokens)
-                reports.append(examined.finished())
+                async for done in score(examination, given.paths, scorer):
+                    bar.advance(task, done / given.num_paths)
+                bar.update(task, completed=number)
+                reports.append((given.source, examination.finished(given.account)))
     return reports
+
+
+def _check_seals(reader: StoreReader, rollouts: Iterable[Rollout]) -> list[SealCheck]:
+    from polar_mitm.store.seal import verify_seal
+
+    return [verify_seal(reader, each.rollout_id) for each in rollouts]
 
 
 @asynccontextmanager
@@ -128,36 +153,36 @@ async def _scorer(info: EngineInfo | None, model: Path | None, dtype: str) -> As
         async with EngineScorer(info.url, info.model, info.max_model_len) as scorer:
             yield scorer
     elif model is not None:
-        yield _InTorch(model, dtype)
+        from polar_mitm.engine.build import clean_environment
+        from polar_mitm.verify import ProcessScorer
+
+        with progress(f"loading {model}"):
+            in_torch = await ProcessScorer(_torch_command(model, dtype), clean_environment()).__aenter__()
+        try:
+            yield in_torch
+        finally:
+            await in_torch.__aexit__(None, None, None)
     else:
         yield None
 
 
-class _InTorch:
-    """The trainer's scorer in a thread, one trajectory at a time."""
+def _torch_command(model: Path, dtype: str) -> list[str]:
+    """The trainer's scorer, on this Python where it has torch, else on that of the managed engine."""
+    from polar_mitm.cache import default_cache
+    from polar_mitm.engine import ensure_env, is_installed
 
-    def __init__(self, model: Path, dtype: str) -> None:
-        if not (model / "config.json").is_file():
-            fail(f"--model: {model} is no folder of a Hugging Face model (it has no config.json)")
-        try:
-            with progress(f"loading {model}"):
-                from polar_mitm_trainer.scorer import TorchScorer
-        except ImportError as error:
-            fail(f"scoring in torch needs `pip install 'polar-mitm[train]'` ({error})", SETUP)
-        try:
-            self._scorer = TorchScorer(model, dtype)
-        except (OSError, ValueError, AttributeError) as error:
-            fail(f"--model: {model} cannot be loaded as {dtype}: {error}")
-        self._one = asyncio.Lock()
-
-    async def score(self, ids: Any) -> Any:
-        from polar_mitm.verify import Unscorable
-
-        async with self._one:
-            try:
-                return await asyncio.to_thread(self._scorer.score, ids)
-            except ValueError as error:
-                raise Unscorable(str(error)) from error
+    if not (model / "config.json").is_file():
+        fail(f"--model: {model} is no folder of a Hugging Face model (it has no config.json)")
+    script = find_spec("polar_mitm_trainer.scorer")
+    if script is None or script.origin is None:
+        fail("the trainer is not installed: install polar-mitm again", SETUP)
+    if find_spec("torch") and find_spec("transformers"):
+        python = Path(sys.executable)
+    elif is_installed(default_cache()):
+        python = ensure_env(default_cache(), lambda step: None)
+    else:
+        fail("scoring in torch needs `pip install 'polar-mitm[train]'` or a `polar-mitm engine up`", SETUP)
+    return [str(python), "-P", script.origin, str(model.absolute()), dtype]
 
 
 def _held(

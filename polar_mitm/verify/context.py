@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from polar_mitm.verify.records import Path, Sampled
 
-What = Literal["prompt", "completion", "logprob", "loss_mask", "missing_call"]
+What = Literal["prompt", "completion", "logprob", "loss_mask", "trained_twice", "missing_call"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,13 @@ class Difference:
 
 
 def differences(path: Path, calls: Mapping[str, Sampled]) -> list[Difference]:
-    """At most one difference for each call of a trajectory, in its order; none where all is equal.
+    """At most one difference for each call of a trajectory, in its order, and one for tokens of none.
 
     Compared are prompt ids with all ids before the sampled span, sampled ids with the span, and, where the
     span trains, its behaviour logprobs (as float32) and loss mask.
     """
-    found = (_difference(path, span, calls.get(span.call_id)) for span in path.spans)
+    found = [_difference(path, span, calls.get(span.call_id)) for span in path.spans]
+    found.append(_stray(path))
     return [each for each in found if each is not None]
 
 
@@ -75,15 +76,13 @@ def _value(array: NDArray[Any], at: int) -> float | None:
     return array[at].item() if at < array.size else None
 
 
-def unaccounted(paths: Sequence[Path]) -> list[Difference]:
-    """Tokens that a loss mask trains though no span of their trajectory says so, the first of each."""
-    found = []
-    for path in paths:
-        rest = path.loss_mask.copy()
-        for span in path.spans:
-            if span.mask_reason is None:
-                rest[span.sampled_start : span.end] = 0
-        if rest.any():
-            at = int(np.argmax(rest))
-            found.append(Difference(path.trajectory_id, "", "loss_mask", at, 0, rest[at].item()))
-    return found
+def _stray(path: Path) -> Difference | None:
+    """A token that the loss mask trains though no span says so."""
+    rest = path.loss_mask.copy()
+    for span in path.spans:
+        if span.mask_reason is None:
+            rest[span.sampled_start : span.end] = 0
+    if not rest.any():
+        return None
+    at = int(np.argmax(rest))
+    return Difference(path.trajectory_id, "", "loss_mask", at, 0, rest[at].item())

@@ -46,7 +46,6 @@ class EngineScorer:
         url: the engine's, without `/v1`.
         model: which of its models.
         window: the most ids that it reads; 0 where unknown.
-        concurrency: requests at a time.
         attempts: for a request that fails as a whole, before the engine is given up.
         timeout_s: for one attempt.
     """
@@ -57,14 +56,12 @@ class EngineScorer:
         model: str,
         window: int = 0,
         *,
-        concurrency: int = 4,
         attempts: int = 4,
         backoff_s: float = 0.5,
         timeout_s: float = 900.0,
     ) -> None:
         self._url, self._model, self._window = url, model, window
         self._attempts, self._backoff_s, self._timeout_s = attempts, backoff_s, timeout_s
-        self._room = asyncio.Semaphore(concurrency)
         self._http: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> EngineScorer:
@@ -95,8 +92,7 @@ class EngineScorer:
             "max_tokens": 1,
             "temperature": 0.0,
         }
-        async with self._room:
-            answer = await self._post(msgspec.json.encode(body))
+        answer = await self._post(msgspec.json.encode(body))
         scores[: len(read)] = np.fromiter(_logprobs(answer, read), dtype=np.float64, count=len(read))
         return scores
 

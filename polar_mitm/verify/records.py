@@ -49,6 +49,7 @@ class Sampled:
 
     `weights` names what it was sampled under, None where they changed on the way. `tempered`: not sampled
     from the softmax itself (a temperature other than 1, top-p, top-k), while raw logprobs were recorded.
+    `num_sampled` is C, or the engine's own count where ids are missing.
     """
 
     call_id: str
@@ -57,6 +58,7 @@ class Sampled:
     logprobs: NDArray[np.float64]
     weights: str | None
     tempered: bool
+    num_sampled: int
 
 
 def sampled(call: ModelCall) -> Sampled:
@@ -70,6 +72,7 @@ def sampled(call: ModelCall) -> Sampled:
         logprobs=np.array(call.behaviour_logprobs, dtype=np.float64),
         weights=None if mixed else weights_name(call.model_served, call.policy_version),
         tempered=asked.temperature not in (None, 1.0) or asked.top_p not in (None, 1.0) or bool(asked.top_k),
+        num_sampled=max(len(call.completion_token_ids), call.usage.completion_tokens),
     )
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from polar_mitm.verify.context import Difference, differences, unaccounted
+from polar_mitm.verify.context import Difference, differences
 from polar_mitm.verify.drift import Drift
 from polar_mitm.verify.records import Path, Sampled, Span
 
@@ -62,8 +63,9 @@ class RolloutReport:
     """What was found in one rollout.
 
     `num_calls` counts calls that are in some trajectory, `num_equal` those whose context, ids and logprobs
-    are equal in all of them; `differences` has the first difference of the others. `scored` is the number of
-    tokens that were scored again, `unscored` counts those that train but were not, by reason.
+    are equal in all of them; `differences` has the first difference of the others. `sampled` and `trained`
+    are counted here; `accounted` says that the build's account adds up and says the same. `calls` are those
+    that were scored, `unscored` counts the tokens that train but were not, by reason.
     """
 
     rollout_id: str
@@ -94,78 +96,101 @@ class RolloutReport:
         return self.accounted and not (self.differences or self.outliers or self.unscored.get("refused"))
 
 
-@dataclass(slots=True)
-class Examined:
-    """One rollout on its way to a report: equality is known, scores are still to come."""
+class Examination:
+    """One rollout on its way to a report. Trajectories come once, one after the other, and are not kept.
 
-    rollout_id: str
-    paths: Sequence[Path]
-    calls: Mapping[str, Sampled]
-    account: Account
-    differences: list[Difference]
-    num_calls: int
-    weights: str | None = None
-    tolerance: float = np.inf
-    drifts: list[CallDrift] = field(default_factory=list)
-    unscored: dict[UnscoredReason, int] = field(default_factory=dict)
-    complaints: list[str] = field(default_factory=list)
+    Args:
+        calls: all calls of the rollout.
+        weights: what the scorer holds (`weights_name`); calls sampled under others are left out and counted.
+            None: whatever the calls were sampled under.
+        tolerance: a token whose |drift| in nats is greater is an outlier.
+    """
 
-    def comparable(self, path: Path) -> list[Span]:
-        """The spans of a trajectory that train and were sampled under the scorer's weights."""
-        return [s for s in path.spans if s.mask_reason is None and self._reason(s) is None]
+    def __init__(
+        self,
+        rollout_id: str,
+        calls: Iterable[Sampled],
+        *,
+        weights: str | None = None,
+        tolerance: float = np.inf,
+    ) -> None:
+        self._rollout_id, self._weights, self._tolerance = rollout_id, weights, tolerance
+        self._calls = {call.call_id: call for call in calls}
+        self._seen: set[str] = set()
+        self._trained: set[str] = set()
+        self._num_paths = self._num_trained = 0
+        self._differences: list[Difference] = []
+        self._drifts: list[CallDrift] = []
+        self._unscored: Counter[UnscoredReason] = Counter()
+        self._complaints: list[str] = []
 
-    def skip(self, paths: Iterable[Path]) -> None:
-        """Count what trains, but cannot be compared."""
-        for path in paths:
-            for span in path.spans:
-                if span.mask_reason is None and (reason := self._reason(span)):
-                    self.leave_out(reason, span.end - span.sampled_start)
+    def check(self, path: Path) -> list[Span]:
+        """Compare a trajectory with the recorded calls; returns the spans whose tokens are to be scored."""
+        self._num_paths += 1
+        self._num_trained += int(path.loss_mask.sum())
+        self._differences += differences(path, self._calls)
+        self._seen |= {span.call_id for span in path.spans}
+        comparable = []
+        for span in path.spans:
+            if span.mask_reason is not None:
+                continue
+            if span.call_id in self._trained:
+                again = Difference(
+                    path.trajectory_id, span.call_id, "trained_twice", span.sampled_start, 0, 1
+                )
+                self._differences.append(again)
+            self._trained.add(span.call_id)
+            if reason := self._reason(span):
+                self._unscored[reason] += span.end - span.sampled_start
+            else:
+                comparable.append(span)
+        return comparable
 
-    def leave_out(self, reason: UnscoredReason, num_tokens: int) -> None:
-        """Count tokens that are not compared."""
-        self.unscored[reason] = self.unscored.get(reason, 0) + num_tokens
-
-    def compare(self, path: Path, scores: NDArray[np.float64]) -> None:
-        """Take in the scores [T] of a trajectory, NaN where there is none."""
-        for span in self.comparable(path):
-            call = self.calls[span.call_id]
-            scored = scores[span.sampled_start : span.end]
+    def compare(self, path: Path, spans: Iterable[Span], scores: NDArray[np.float64]) -> None:
+        """Take in the scores [T] of a trajectory, NaN where there is none, as `check` asked for."""
+        for span in spans:
+            call, scored = self._calls[span.call_id], scores[span.sampled_start : span.end]
             known = np.isfinite(scored)
             if not known.all():
-                self.leave_out("over_window", int((~known).sum()))
-            if not known.any():
-                continue
-            outlier = self._outlier(path, span, scored, call)
-            drift = Drift.of(scored[known], call.logprobs[known], call.tempered)
-            self.drifts.append(CallDrift(call.call_id, path.trajectory_id, call.weights, drift, outlier))
+                self._unscored["over_window"] += int((~known).sum())
+            if known.any():
+                drift = Drift.of(scored[known], call.logprobs[known], call.tempered)
+                outlier = self._outlier(path, span, scored, call)
+                self._drifts.append(CallDrift(call.call_id, path.trajectory_id, call.weights, drift, outlier))
 
-    def finished(self) -> RolloutReport:
-        """The report."""
-        trained = sum(int(path.loss_mask.sum()) for path in self.paths)
+    def refused(self, path: Path, spans: Iterable[Span], why: str) -> None:
+        """Note that the scorer would not."""
+        self._unscored["refused"] += sum(span.end - span.sampled_start for span in spans)
+        self._complaints.append(f"{path.trajectory_id} cannot be scored: {why}")
+
+    def finished(self, account: Account) -> RolloutReport:
+        """The report, once all trajectories have been seen."""
+        num_sampled = sum(call.num_sampled for call in self._calls.values())
         return RolloutReport(
-            rollout_id=self.rollout_id,
-            num_trajectories=len(self.paths),
-            num_calls=self.num_calls,
-            num_equal=self.num_calls - len({d.call_id for d in self.differences if d.call_id}),
-            sampled=self.account.sampled,
-            trained=trained,
-            accounted=self.account.adds_up and trained == self.account.trained,
-            differences=self.differences,
-            calls=sorted(self.drifts, key=lambda d: (d.trajectory_id, d.call_id)),
-            unscored=dict(sorted(self.unscored.items())),
-            complaints=self.complaints,
+            rollout_id=self._rollout_id,
+            num_trajectories=self._num_paths,
+            num_calls=len(self._seen),
+            num_equal=len(self._seen - {d.call_id for d in self._differences}),
+            sampled=num_sampled,
+            trained=self._num_trained,
+            accounted=account.adds_up
+            and (account.sampled, account.trained) == (num_sampled, self._num_trained),
+            differences=self._differences,
+            calls=sorted(self._drifts, key=lambda d: (d.trajectory_id, d.call_id)),
+            unscored=dict(sorted(self._unscored.items())),
+            complaints=self._complaints,
         )
 
     def _reason(self, span: Span) -> UnscoredReason | None:
-        call = self.calls.get(span.call_id)
+        call = self._calls.get(span.call_id)
         if call is None or call.logprobs.size != span.end - span.sampled_start:
             return "refused"  # named among the differences
         if call.weights is None:
             return "mixed_weights"
-        return None if self.weights in (None, call.weights) else "other_weights"
+        return None if self._weights in (None, call.weights) else "other_weights"
 
     def _outlier(self, path: Path, span: Span, scored: NDArray[np.float64], call: Sampled) -> Outlier | None:
-        beyond = np.abs(scored - call.logprobs) > self.tolerance  # NaN is not
+        beyond = np.abs(scored - call.logprobs) > self._tolerance  # NaN is not
         if not beyond.any():
             return None
         at = int(np.argmax(beyond))
@@ -179,31 +204,3 @@ class Examined:
             recorded=float(call.logprobs[at]),
             scored=float(scored[at]),
         )
-
-
-def examine(rollout_id: str, paths: Sequence[Path], account: Account, calls: Iterable[Sampled]) -> Examined:
-    """Check equality and the account of one rollout's trajectories against its recorded calls."""
-    by_id = {call.call_id: call for call in calls}
-    found = [difference for path in paths for difference in differences(path, by_id)]
-    return Examined(
-        rollout_id=rollout_id,
-        paths=paths,
-        calls=by_id,
-        account=account,
-        differences=found + unaccounted(paths) + twice(paths),
-        num_calls=len({span.call_id for path in paths for span in path.spans}),
-    )
-
-
-def twice(paths: Sequence[Path]) -> list[Difference]:
-    """Calls that train a second time."""
-    seen: set[str] = set()
-    found = []
-    for path in paths:
-        for span in path.spans:
-            if span.mask_reason is None and span.call_id in seen:
-                found.append(
-                    Difference(path.trajectory_id, span.call_id, "loss_mask", span.sampled_start, 0, 1)
-                )
-            seen |= {span.call_id} if span.mask_reason is None else set()
-    return found

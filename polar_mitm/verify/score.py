@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from polar_mitm.verify.records import Path
-from polar_mitm.verify.report import Examined
+from polar_mitm.verify.records import Path, Span
+from polar_mitm.verify.report import Examination
 
 
 class Unscorable(Exception):
@@ -29,38 +29,43 @@ class Scorer(Protocol):
 
 
 async def score(
-    examined: Examined, scorer: Scorer, weights: str | None, tolerance: float
+    examination: Examination, paths: Iterable[Path], scorer: Scorer | None, in_flight: int = 4
 ) -> AsyncIterator[int]:
-    """Compare one rollout's trajectories with scores of theirs; yields the length of each that is done.
-
-    Args:
-        weights: what the scorer holds (`weights_name`); calls sampled under others are left out and counted.
-            None: whatever the calls were sampled under.
-        tolerance: a token whose |drift| in nats is greater is an outlier.
+    """Look at each trajectory once, at most so many at a time; yields how many have been scored or need not.
 
     Raises:
-        EngineUnfit: the scorer fails as a whole.
+        EngineUnfit, SetupError: the scorer fails as a whole.
     """
-    examined.weights, examined.tolerance = weights, tolerance
-    examined.skip(examined.paths)
-    waiting = [asyncio.create_task(_one(examined, path, scorer)) for path in examined.paths]
+    waiting: set[asyncio.Task[None]] = set()
     try:
-        for done in asyncio.as_completed(waiting):
-            yield await done
+        for path in paths:
+            spans = examination.check(path)
+            if scorer is None or not spans:
+                yield 1
+                continue
+            waiting.add(asyncio.create_task(_score(examination, path, spans, scorer)))
+            if len(waiting) >= in_flight:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                yield _ended(done)
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            yield _ended(done)
     finally:
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
 
 
-async def _one(examined: Examined, path: Path, scorer: Scorer) -> int:
-    spans = examined.comparable(path)
-    if spans:
-        try:
-            scores = await scorer.score(path.token_ids[: spans[-1].end])
-        except Unscorable as error:
-            examined.leave_out("refused", sum(span.end - span.sampled_start for span in spans))
-            examined.complaints.append(f"{path.trajectory_id}: {error}")
-        else:
-            examined.compare(path, scores)
-    return path.token_ids.size
+async def _score(examination: Examination, path: Path, spans: list[Span], scorer: Scorer) -> None:
+    try:
+        scores = await scorer.score(path.token_ids[: spans[-1].end])
+    except Unscorable as error:
+        examination.refused(path, spans, str(error))
+    else:
+        examination.compare(path, spans, scores)
+
+
+def _ended(done: set[asyncio.Task[None]]) -> int:
+    for task in done:
+        task.result()
+    return len(done)
