@@ -46,6 +46,7 @@ class Rule(Struct, frozen=True):
 _UUID = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 _DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
 _AGENT = "[0-9a-f]{17}"
+_SESSION = "ses_[0-9a-f]{12}[0-9A-Za-z]{14}"
 _NOTICE = '<subagent_notification>\n{"agent_path":"'
 _TURN = "body.client_metadata.x-codex-turn-metadata"
 
@@ -72,6 +73,7 @@ RULES: tuple[Rule, ...] = (
     Rule("user_number", "body.messages.**", "mask", "(?<=/tmp/claude-)[0-9]+"),
     Rule("session_id", "body.messages.**", "number", f"(?<=-workspace/){_UUID}(?=/tasks/)"),
     Rule("duration", "body.messages.**", "mask", "(?<=<duration_ms>)[0-9]+"),
+    Rule("kernel", "body.messages.**", "mask", r"(?<=OS Version: Linux )\S+"),
     Rule("date", "body.messages.**", "mask", f"(?<=Today's date is ){_DATE}"),
     # Codex.
     Rule("session_id", "headers.session-id", "number", _UUID),
@@ -100,6 +102,15 @@ RULES: tuple[Rule, ...] = (
     Rule("duration", "body.input.*.output.*.text", "mask", r"(?m)(?<=^Wall time )[0-9.]+(?= seconds$)"),
     Rule("chunk_id", "body.input.*.output.*.text", "mask", r'(?<=^\{"chunk_id":")[0-9a-f]+'),
     Rule("duration", "body.input.*.output.*.text", "mask", r'(?<="wall_time_seconds":)[0-9.e-]+'),
+    # opencode.
+    Rule("session_id", "headers.x-session-id", "number", _SESSION),
+    Rule("session_id", "headers.x-session-affinity", "number", _SESSION),
+    Rule("session_id", "headers.x-parent-session-id", "number", _SESSION),
+    Rule("task_id", "body.messages.**", "number", f'(?<=<task id="){_SESSION}'),
+    Rule("date", "body.system.*.text", "mask", r"(?<=Today's date: )\w{3} \w{3} \d{2} \d{4}"),
+    # pi.
+    Rule("install_path", "body.system.*.text", "mask", r"/\S*(?=/harness/pi-[0-9.]+/node_modules/)"),
+    Rule("kernel", "headers.user-agent", "mask", r"(?<=^pi \(linux )[^;]+"),
 )
 
 
