@@ -7,8 +7,9 @@ Three questions, each answered with a ratio:
 - CPU per streamed token, one engine chunk each, against pass-through per event;
 - how much later the first token comes than straight from the engine.
 
-Both proxies serve the same client over TLS from the same fake fast engine. Runs of the two sides alternate,
-so that what else the machine does falls on both.
+The proxies serve the same client over TLS from the same fake fast engine. Stock mitmdump runs twice: with the
+engine in plain text, as we reach it, and over TLS, as it would reach the provider that a harness calls. Runs
+of the sides alternate, so that what else the machine does falls on all.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from tests.bench.client import Load, call_repeatedly, chat_body
-from tests.bench.processes import Side, cpu_s, fast_engine, interceptor, rss_mb, stock_mitmdump
+from tests.bench.processes import Side, cpu_s, fast_engine, interceptor, rss_mb, self_signed, stock_mitmdump
 
 
 async def _cpu_of(side: Side, body: bytes, num_calls: int, num_clients: int) -> tuple[float, Load]:
@@ -55,16 +56,20 @@ async def measure(
     """One comparison; milliseconds of CPU per call on either side, and their ratio."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
+        num_ids = body_bytes // 4
         async with (
-            fast_engine(tokens, delay_s, body_bytes // 4) as url,
+            fast_engine(tokens, delay_s, num_ids) as url,
+            fast_engine(tokens, delay_s, num_ids, certificate=self_signed(path)) as tls_url,
             stock_mitmdump(url, path, stream=stream) as stock,
+            stock_mitmdump(tls_url, path, stream=stream) as stock_tls,
             interceptor(url, path) as (ours,),
         ):
             address = urlsplit(url)
             direct = Side("direct", 0, address.port or 0, "localhost", stock.path, plain=True)
             theirs_body = chat_body(body_bytes, provider="openai")
             ours_body = chat_body(body_bytes, provider="anthropic")
-            results = await _alternate([(stock, theirs_body), (ours, ours_body)], rounds, calls, clients)
+            sides = [(stock, theirs_body), (ours, ours_body), (stock_tls, theirs_body)]
+            results = await _alternate(sides, rounds, calls, clients)
             straight = Load()
             await call_repeatedly(direct, theirs_body, calls, straight)
             memory = rss_mb(ours.pid)
@@ -73,7 +78,9 @@ async def measure(
     return {
         "ours_cpu_ms_per_call": round(per_call["polar-mitm"], 3),
         "stock_cpu_ms_per_call": round(per_call["stock mitmdump"], 3),
+        "stock_tls_cpu_ms_per_call": round(per_call["stock mitmdump, TLS"], 3),
         "cpu_ratio": round(per_call["polar-mitm"] / per_call["stock mitmdump"], 3),
+        "cpu_ratio_tls": round(per_call["polar-mitm"] / per_call["stock mitmdump, TLS"], 3),
         "ours_first_byte_ms": round(first["polar-mitm"], 3),
         "stock_first_byte_ms": round(first["stock mitmdump"], 3),
         "direct_first_byte_ms": round(statistics.median(straight.first_s) * 1000, 3),
@@ -91,14 +98,16 @@ async def _main(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     slow = {"delay_s": options.delay, "clients": 8, "calls": max(5, options.calls // 20), "stream": True}
     short = await measure(tokens=2, **slow, **common)
     long = await measure(tokens=2 + options.tokens, **slow, **common)
-    ours, stock = (
+    ours, stock, stock_tls = (
         (long[f"{side}_cpu_ms_per_call"] - short[f"{side}_cpu_ms_per_call"]) / options.tokens * 1000
-        for side in ("ours", "stock")
+        for side in ("ours", "stock", "stock_tls")
     )
     token = {
         "ours_cpu_us_per_token": round(ours, 1),
         "stock_cpu_us_per_event": round(stock, 1),
+        "stock_tls_cpu_us_per_event": round(stock_tls, 1),
         "cpu_ratio": round(ours / stock, 3),
+        "cpu_ratio_tls": round(ours / stock_tls, 3),
     }
     first = {
         "ours_ms_later_than_direct": round(alone["ours_first_byte_ms"] - alone["direct_first_byte_ms"], 3),

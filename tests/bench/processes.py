@@ -14,6 +14,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from mitmproxy import certs
+
 from polar_mitm.dialects.ids import new_id
 from polar_mitm.types import Rollout
 
@@ -65,20 +68,34 @@ async def spawned(*command: str, line: bool = True) -> AsyncIterator[tuple[async
 
 
 @contextlib.asynccontextmanager
-async def fast_engine(tokens: int, delay_s: float, prompt_tokens: int) -> AsyncIterator[str]:
+async def fast_engine(
+    tokens: int, delay_s: float, prompt_tokens: int, certificate: Path | None = None
+) -> AsyncIterator[str]:
     """The raw-asyncio engine of tests/support; yields its URL."""
-    command = [sys.executable, "-m", "tests.support.scripted_engine", "--fast", "--tokens", str(tokens)]
+    command = [sys.executable, "-m", "tests.support.fast_engine", "--tokens", str(tokens)]
     command += ["--chunk-delay", str(delay_s), "--prompt-tokens", str(prompt_tokens)]
+    command += ["--certificate", str(certificate)] if certificate else []
     async with spawned(*command) as (_, url):
         yield url
 
 
+def self_signed(folder: Path) -> Path:
+    """A PEM file with a key and its own certificate."""
+    key, certificate = certs.create_ca("bench", "localhost", 2048)
+    path = folder / "server.pem"
+    path.write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        + certificate.public_bytes(Encoding.PEM)
+    )
+    return path
+
+
 @contextlib.asynccontextmanager
 async def stock_mitmdump(engine_url: str, confdir: Path, *, stream: bool) -> AsyncIterator[Side]:
-    """mitmdump with its default addons, in front of the engine, TLS towards the client."""
+    """mitmdump with its default addons in front of the engine, TLS towards the client."""
     port = free_port()
     command = [script("mitmdump"), "-q", "--mode", f"reverse:{engine_url}@127.0.0.1:{port}"]
-    command += ["--set", f"confdir={confdir}"]
+    command += ["--set", f"confdir={confdir}", "--ssl-insecure"]
     if stream:
         addon = confdir / "stream.py"
         addon.write_text("def responseheaders(flow):\n    flow.response.stream = True\n")
@@ -86,7 +103,8 @@ async def stock_mitmdump(engine_url: str, confdir: Path, *, stream: bool) -> Asy
     async with spawned(*command, line=False) as (process, _):
         await listening(port)
         path = "/v1/chat/completions"
-        yield Side("stock mitmdump", process.pid, port, "localhost", path)
+        name = "stock mitmdump, TLS" if engine_url.startswith("https") else "stock mitmdump"
+        yield Side(name, process.pid, port, "localhost", path)
 
 
 @contextlib.asynccontextmanager

@@ -7,8 +7,11 @@ after the request. Only what a benchmark needs of HTTP/1.1: content-length bodie
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
+import ssl
+from pathlib import Path
 from typing import Any, Self
 
 CREATED = 1_700_000_000
@@ -103,7 +106,10 @@ class _Connection(asyncio.Protocol):
 
 
 class FastEngine:
-    """The server, as an async context manager. It knows streaming chat only; anything else is a 404."""
+    """The server, as an async context manager. It knows streaming chat only; anything else is a 404.
+
+    `certificate`: a PEM file with key and certificate, to serve over TLS.
+    """
 
     def __init__(
         self,
@@ -113,6 +119,7 @@ class FastEngine:
         chunk_delay_s: float = 0.0,
         host: str = "127.0.0.1",
         port: int = 0,
+        certificate: Path | None = None,
     ) -> None:
         events = [_chunked(event) for event in _events(num_tokens, num_prompt_tokens)]
         events[0] = (
@@ -133,14 +140,45 @@ class FastEngine:
         self.num_calls = 0
         self.url = ""
         self._host, self._port = host, port
+        self._tls: ssl.SSLContext | None = None
+        if certificate is not None:
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._tls.load_cert_chain(certificate)
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            lambda: _Connection(self), self._host, self._port, backlog=1024
+            lambda: _Connection(self), self._host, self._port, backlog=1024, ssl=self._tls
         )
-        self.url = f"http://{self._host}:{self._server.sockets[0].getsockname()[1]}"
+        self.url = (
+            f"{'https' if self._tls else 'http'}://{self._host}:{self._server.sockets[0].getsockname()[1]}"
+        )
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         self._server.close()
+
+
+async def _serve(options: argparse.Namespace) -> None:
+    engine = FastEngine(
+        num_tokens=options.tokens,
+        num_prompt_tokens=options.prompt_tokens,
+        chunk_delay_s=options.chunk_delay,
+        certificate=options.certificate,
+    )
+    async with engine:
+        print(engine.url, flush=True)
+        await asyncio.Event().wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=32, help="sampled tokens per answer")
+    parser.add_argument("--prompt-tokens", type=int, default=1000, help="prompt ids per answer")
+    parser.add_argument("--chunk-delay", type=float, default=0.0, help="seconds between tokens")
+    parser.add_argument("--certificate", type=Path, help="PEM file with key and certificate: serve TLS")
+    asyncio.run(_serve(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
