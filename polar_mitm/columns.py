@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ class Lists:
     `values` may hold more, before the first list and after the last: a view of a larger buffer is fine.
     """
 
-    values: NDArray[np.int32] | NDArray[np.float32]
+    values: NDArray[Any]
     offsets: NDArray[np.int64]
 
     @property
