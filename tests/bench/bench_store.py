@@ -10,7 +10,7 @@ compression and chaining have made small. `as_received` inserts what the recorde
 bodies. Rounds alternate; a ratio is one of medians.
 
 Size: sessions of 50 turns without wire (18,000 tokens first, then 200 to 1,600 new ones and 40 to 300 sampled
-ones per turn), the file measured after it is closed, per new token, everything included.
+ones per turn), the file measured after it is closed, per new token: less an empty store's size, and with it.
 """
 
 from __future__ import annotations
@@ -242,7 +242,10 @@ def ingest(folder: Path, num_calls: int, in_flight: int, rounds: int) -> dict[st
 
 
 def size(folder: Path, num_sessions: int) -> dict[str, float]:
-    """Bytes per new token of sessions of 50 turns: a coding harness's first prompt, then tool results."""
+    """Bytes per new token of sessions of 50 turns: a coding harness's first prompt, then tool results.
+
+    What an empty store weighs (its schema, in blocks of 32 KiB) is told apart.
+    """
     rng = np.random.default_rng(1)
     path = folder / f"size{num_sessions}.duckdb"
     num_new = num_sampled = 0
@@ -254,13 +257,18 @@ def size(folder: Path, num_sessions: int) -> dict[str, float]:
                 num_new += len(p) + len(c) - length
                 num_sampled += len(c)
                 length = len(p) + len(c)
+    with Recorder(folder / f"empty{num_sessions}.duckdb", on_alarm=sys.exit, share=False) as recorder:
+        pass
+    empty_bytes = recorder.path.stat().st_size
     num_bytes = path.stat().st_size
     return {
         "sessions": num_sessions,
         "new_tokens": num_new,
         "sampled_tokens": num_sampled,
         "file_bytes": num_bytes,
-        "bytes_per_new_token": round(num_bytes / num_new, 2),
+        "empty_file_bytes": empty_bytes,
+        "bytes_per_new_token": round((num_bytes - empty_bytes) / num_new, 2),
+        "bytes_per_new_token_with_empty_file": round(num_bytes / num_new, 2),
     }
 
 
