@@ -1,0 +1,116 @@
+"""Long sessions of the real harnesses: one conversation over three processes, and what an engine answers."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from polar_mitm.cache import default_cache
+from polar_mitm_sandbox import recipes
+from polar_mitm_sandbox.install import ensure_harness
+from tests.e2e.engines import is_probe
+from tests.support import byte_tokens
+from tests.support.scripts import Answer, shell_call
+
+PROMPTS = ("Look around.", "Look again, and tell me more.", "Thank you.")
+NUM_TOOL_TURNS = (4, 1, 0)
+"""How often a tool is called before the last word, prompt by prompt."""
+NUM_CALLS = sum(NUM_TOOL_TURNS) + len(PROMPTS)
+
+_CLAUDE = "--dangerously-skip-permissions --print"
+_CODEX = "--dangerously-bypass-approvals-and-sandbox --skip-git-repo-check --model gpt-5"
+BEGIN_AND_RESUME = {
+    "claude-code": (_CLAUDE, f"{_CLAUDE} --continue"),
+    "codex": (f"exec {_CODEX}", f"exec resume --last {_CODEX}"),
+    "pi": ("--print", "--print --continue"),
+    "opencode": ("run", "run --continue"),
+}
+"""Arguments of a harness that begin a conversation, and that go on with the last one."""
+
+
+def session(harness: str) -> list[str]:
+    """A command that has one conversation of `PROMPTS`, each in a process of its own."""
+    program = shlex.quote(str(ensure_harness(recipes.load(harness), default_cache()).bin_path))
+    begin, resume = BEGIN_AND_RESUME[harness]
+    asked = [f"{program} {begin if n == 0 else resume} {shlex.quote(p)}" for n, p in enumerate(PROMPTS)]
+    return ["sh", "-c", " && ".join(asked)]
+
+
+def num_answered(request: dict[str, Any]) -> int:
+    return sum(message["role"] == "assistant" for message in request["messages"])
+
+
+def is_last_word(nth: int) -> bool:
+    """Whether answer number `nth` of the conversation ends what was asked, without a tool."""
+    for num_turns in NUM_TOOL_TURNS:
+        if nth <= num_turns:
+            return nth == num_turns
+        nth -= num_turns + 1
+    return True
+
+
+def looking(request: dict[str, Any], nth: int) -> Answer:
+    """A script of the session, in which hardly an answer is as a template would write it."""
+    call = shell_call(request, "printf 'caf\u00e9'")
+    if is_probe(request) or call is None:
+        return Answer(text="Looking around")  # a title, say
+    nth = num_answered(request)
+    if is_last_word(nth):
+        return Answer(text=f" Nothing more ({nth}). \n", reasoning="All seen.\n" if nth % 2 else "")
+    name, arguments = call
+    odd = arguments.replace("\u00e9", "\\u00e9").replace('": ', '" :   ')  # other ids in a rendering
+    parallel = ((name, odd), (name, arguments)) if nth == 1 else ((name, odd),)
+    return Answer(text="" if nth == 2 else f"Step {nth}. ", reasoning=f"Hm, {nth}.\n\n", tool_calls=parallel)
+
+
+@asynccontextmanager
+async def made_to_look(engine_url: str) -> AsyncIterator[str]:
+    """The URL of an engine in front of the one at `engine_url`, whose model it holds to the session.
+
+    A small model calls no tools by itself: its tokens are sampled under a grammar. They, their ids and the
+    contexts are the real engine's; everything else passes through as it is.
+    """
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(600)) as http:
+
+        async def forward(request: web.Request) -> web.StreamResponse:
+            body = await request.read()
+            if request.path == "/v1/chat/completions":
+                asked = json.loads(body)
+                if (pattern := grammar(asked)) is not None:
+                    body = json.dumps({**asked, "structured_outputs": {"regex": pattern}}).encode()
+            headers = {"content-type": request.content_type}
+            url = engine_url + request.path_qs
+            async with http.request(request.method, url, data=body, headers=headers) as answer:
+                kind = answer.headers.get("content-type", "application/json")
+                out = web.StreamResponse(status=answer.status, headers={"content-type": kind})
+                await out.prepare(request)
+                async for chunk in answer.content.iter_any():
+                    await out.write(chunk)
+                return out
+
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_route("*", "/{path:.*}", forward)
+        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        try:
+            yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        finally:
+            await runner.cleanup()
+
+
+def grammar(request: dict[str, Any]) -> str | None:
+    """What the model may say to a harness's request, as a regular expression."""
+    if is_probe(request):
+        return None
+    call = shell_call(request, "COMMAND")
+    if call is None or is_last_word(num_answered(request)):
+        return "[A-Z][a-z]{2,9}( [a-z]{1,9}){2,9}[.]"
+    text = "".join(f"\\{c}" if c in r"\.*+?^$|()[]{}" else c for c in byte_tokens.call_text(*call))
+    return text.replace("COMMAND", "echo [a-z]{3,9}( [a-z]{3,9}){0,3}")

@@ -1,0 +1,74 @@
+"""Long sessions of four real harnesses: each thread is one trajectory, on exactly the sampled ids."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from polar_mitm import engine
+from polar_mitm.reconstruct import build
+from polar_mitm.store import open_reader
+from polar_mitm.types import ModelCall
+from tests.e2e.conftest import Cli
+from tests.e2e.engines import HarnessEngine
+from tests.e2e.sessions import BEGIN_AND_RESUME, NUM_CALLS, looking, made_to_look, session
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+each_harness = pytest.mark.parametrize("name", BEGIN_AND_RESUME)
+
+
+@each_harness
+async def test_a_thread_is_one_trajectory(name: str, cli: Cli, tmp_path: Path) -> None:
+    """Three processes, eight calls, answers that no template would write: no fork."""
+    store = tmp_path / "run.duckdb"
+    async with HarnessEngine(looking) as scripted:
+        await run_session(name, scripted.url, cli, store)
+    calls = await check(cli, store)
+    sampled = {tuple(c.prompt_token_ids): c.completion_token_ids for c in scripted.asked}
+    assert {tuple(c.prompt_token_ids): c.completion_token_ids for c in calls} == sampled
+    assert any("retokenised" in call.edits for call in calls)  # what a rendering would have changed
+
+
+@each_harness
+async def test_a_thread_of_a_real_model(
+    name: str, cli: Cli, vllm: engine.EngineState, tmp_path: Path
+) -> None:
+    store = tmp_path / "run.duckdb"
+    async with made_to_look(vllm.url) as url:
+        await run_session(name, url, cli, store, "--max-tokens", 256)
+    await check(cli, store)
+
+
+async def run_session(name: str, url: str, cli: Cli, store: Path, *options: object) -> None:
+    given = ["--store", store, "--engine", url, "--harness", name, *options]
+    done = await (await cli.run(*given, command=session(name))).ended(300)
+    assert done.code == 0, done.err
+
+
+async def check(cli: Cli, store: Path) -> list[ModelCall]:
+    """One thread, continued call by call; every token accounted for, in the context it was sampled in."""
+    with open_reader(store) as reader:
+        (rollout,) = reader.rollouts()
+        calls = reader.calls()
+    assert (rollout.status, rollout.incomplete) == ("completed", None)
+    assert all(call.status == "ok" and call.delivered for call in calls)
+    thread = [call for call in calls if call.role == "main"]
+    assert len(thread) == NUM_CALLS
+    assert [call.fallback for call in thread] == ["first_call"] + [None] * (NUM_CALLS - 1)
+    for parent, call in pairwise(thread):
+        assert (call.continuation, call.parent_call_id) == ("exact", parent.call_id)
+        known = [*parent.prompt_token_ids, *parent.completion_token_ids]
+        assert list(call.prompt_token_ids)[: len(known)] == known
+
+    trajectories, report = build(calls, rollout=rollout)
+    (main,) = [t for t in trajectories if t.role == "main"]
+    assert [span.call_id for span in main.spans] == [call.call_id for call in thread]
+    assert len(trajectories) == 1 + len(calls) - len(thread)  # side calls stay alone
+    assert report.adds_up and report.trained == sum(len(call.completion_token_ids) for call in thread)
+    assert main.loss_mask.sum() == report.trained
+
+    verified = (await cli("verify", store, "--json")).json()
+    assert verified["sound"] and verified["context_equality"] == 1.0
+    return calls
