@@ -16,10 +16,9 @@ import aiohttp
 import msgspec
 
 from polar_mitm.errors import EngineUnfit, PolarError
-from polar_mitm.token_ids import TokenIds
 from polar_mitm.types import Delta
 from polar_mitm.upstream.engine import EngineInfo, Template
-from polar_mitm.upstream.render import RENDER_PATH, rendered, with_prompt
+from polar_mitm.upstream.render import RENDER_PATH, learnt, rendered, template_probes, with_prompt
 from polar_mitm.upstream.vllm import CHAT_PATH, ChatStream, rejection
 
 logger = logging.getLogger(__name__)
@@ -185,41 +184,26 @@ async def _fingerprint(http: aiohttp.ClientSession, url: str, model: str) -> str
 async def _template(http: aiohttp.ClientSession, url: str, model: str) -> Template | None:
     """What the chat template puts around an answer; None where the engine does not play along."""
 
-    async def ids(*turns: str, **fields: Any) -> bytes:
-        async with http.post(
-            url + RENDER_PATH, data=_chat(model, *turns, **fields), headers=_JSON
-        ) as response:
-            answer = await response.read()
-            if response.status != 200:
-                raise _Rejected(rejection(response.status, answer, 0).message)
-        return rendered(answer).text
-
     try:
-        asked, history = await ids("q"), await ids("q", add_generation_prompt=False)
-        # Two answers that end differently: what both renderings end with is what follows an answer.
-        one, other = await ids("q", "first", "next"), await ids("q", "then 2", "next")
-        _, used = await _answer(http, url, with_prompt(_chat(model, "q", **_ONE_TOKEN), TokenIds(other)))
+        seen = []
+        for body in template_probes(model):
+            async with http.post(url + RENDER_PATH, data=body, headers=_JSON) as response:
+                answer = await response.read()
+                if response.status != 200:
+                    raise _Rejected(rejection(response.status, answer, 0).message)
+            seen.append(rendered(answer))
+        _, used = await _answer(http, url, with_prompt(_chat(model, **_ONE_TOKEN), seen[-1]))
     except (_Rejected, PolarError, ValueError) as error:
         logger.warning("%s: calls are not continued by token ids: %s", url, error)
         return None
-    if used.prompt_token_ids != TokenIds(other):
+    if used.prompt_token_ids != seen[-1]:
         logger.warning("%s: calls are not continued by token ids: the engine ignores a prompt of ids", url)
         return None
-    if not asked.startswith(history + b","):
+    template = learnt(seen)
+    if template is None:
         logger.warning("%s: calls are not continued by token ids: no generation prompt in the template", url)
-        return None
-    return Template(asked[len(history) + 1 :], _ending(one.split(b","), other.split(b",")))
+    return template
 
 
-def _chat(model: str, *turns: str, **fields: Any) -> bytes:
-    """A conversation that the user begins."""
-    messages = [{"role": "assistant" if n % 2 else "user", "content": text} for n, text in enumerate(turns)]
-    return msgspec.json.encode({"model": model, "messages": messages, **fields})
-
-
-def _ending(one: list[bytes], other: list[bytes]) -> int | None:
-    """The first id of the common end of two renderings."""
-    common = 0
-    while common < min(len(one), len(other)) and one[-1 - common] == other[-1 - common]:
-        common += 1
-    return int(one[-common]) if common else None
+def _chat(model: str, **fields: Any) -> bytes:
+    return msgspec.json.encode({"model": model, "messages": [{"role": "user", "content": "q"}], **fields})

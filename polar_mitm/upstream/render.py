@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from polar_mitm.token_ids import TokenIds
+from polar_mitm.upstream.engine import Template
 from polar_mitm.upstream.vllm import CHAT_PATH
 
 RENDER_PATH = CHAT_PATH + "/render"
@@ -78,6 +79,43 @@ def detokenized(answer: bytes) -> str:
         return msgspec.json.decode(answer, type=_Detokenized).prompt
     except msgspec.MsgspecError as error:
         raise ValueError(f"not a text: {error}") from error
+
+
+# --- learning a template --------------------------------------------------------------------------------
+
+
+def template_probes(model: str) -> list[bytes]:
+    """Chat bodies whose renderings `learnt` reads: with and without a generation prompt, and two answers."""
+
+    def body(*turns: str, **fields: bool) -> bytes:
+        messages = [
+            {"role": "assistant" if n % 2 else "user", "content": text} for n, text in enumerate(turns)
+        ]
+        return msgspec.json.encode({"model": model, "messages": messages, **fields})
+
+    return [
+        body("q"),
+        body("q", add_generation_prompt=False),
+        # They end differently: what both renderings end with is what follows an answer.
+        body("q", "first", "next"),
+        body("q", "then 2", "next"),
+    ]
+
+
+def learnt(renderings: list[TokenIds]) -> Template | None:
+    """What `template_probes`, rendered, say of the template; None where nothing is as in a chat template."""
+    asked, history, one, other = (ids.text for ids in renderings)
+    if not history or not asked.startswith(history + b","):
+        return None
+    after = None
+    for ours, theirs in zip(reversed(one.split(b",")), reversed(other.split(b",")), strict=False):
+        if ours != theirs:
+            break
+        after = int(ours)
+    return Template(asked[len(history) + 1 :], after)
+
+
+# --- remembering answers --------------------------------------------------------------------------------
 
 
 class Answers:
