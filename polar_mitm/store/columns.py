@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from polar_mitm.columns import LOST_BASE, NO_BASE, Lists, RolloutColumns, base_rows
-from polar_mitm.store.reader import StoreReader
+from polar_mitm.store.offline import Selects
 from polar_mitm.store.rows import quote
 
 _MAX_TOKENS = 8 << 20  # stored tokens of the rollouts that are read at once, 64 MiB; one may have more
@@ -40,7 +40,7 @@ _PLAIN = (
 )  # fmt: skip
 
 
-def rollout_columns(reader: StoreReader, rollout_id: str) -> RolloutColumns:
+def rollout_columns(reader: Selects, rollout_id: str) -> RolloutColumns:
     """The calls of one rollout; none where the store has none of it.
 
     Raises:
@@ -49,7 +49,7 @@ def rollout_columns(reader: StoreReader, rollout_id: str) -> RolloutColumns:
     return next(each_rollout(reader, [rollout_id]))
 
 
-def each_rollout(reader: StoreReader, rollout_ids: Sequence[str]) -> Iterator[RolloutColumns]:
+def each_rollout(reader: Selects, rollout_ids: Sequence[str]) -> Iterator[RolloutColumns]:
     """The calls of each of these rollouts, in this order, a few rollouts in memory at a time.
 
     Raises:
@@ -72,7 +72,7 @@ def each_rollout(reader: StoreReader, rollout_ids: Sequence[str]) -> Iterator[Ro
         yield from _read(reader, group)
 
 
-def _read(reader: StoreReader, rollout_ids: Sequence[str]) -> Iterator[RolloutColumns]:
+def _read(reader: Selects, rollout_ids: Sequence[str]) -> Iterator[RolloutColumns]:
     table = reader.sql(_COLUMNS.format(ids=", ".join(map(quote, rollout_ids)))).combine_chunks()
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, rollout_id in enumerate(table["rollout_id"].to_pylist()):
@@ -85,7 +85,7 @@ def _read(reader: StoreReader, rollout_ids: Sequence[str]) -> Iterator[RolloutCo
 
 def _columns(rollout_id: str, table: pa.Table) -> RolloutColumns:
     call_ids = table["call_id"].to_pylist()
-    suffix, completion, logprobs = (_lists(table[name], kind) for name, kind in _LISTS.items())
+    suffix, completion, logprobs = (lists_of(table[name], kind) for name, kind in _LISTS.items())
     base = base_rows(call_ids, table["prompt_parent_id"].to_pylist())
     shared = np.where(base == NO_BASE, 0, _ints(table["prompt_shared"]))
     num_prompt = _ints(table["num_prompt"])
@@ -109,7 +109,7 @@ def _ints(column: pa.ChunkedArray) -> NDArray[np.int64]:
     return np.asarray(column.to_numpy(), dtype=np.int64)
 
 
-def _lists(column: pa.ChunkedArray, kind: Any) -> Lists:
+def lists_of(column: pa.ChunkedArray, kind: Any) -> Lists:
     """A list column as it lies in memory; a null is an empty list."""
     chunk = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
     if chunk.null_count:

@@ -5,17 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import duckdb
+import pyarrow as pa
 
 from polar_mitm.errors import StoreError
 from polar_mitm.store import schema, share
 from polar_mitm.store.writer import INTERRUPT
 
 
+class Selects(Protocol):
+    """What answers a SELECT: a `StoreReader`, or `Changes`."""
+
+    def sql(self, query: str, /) -> pa.Table: ...
+
+
+class Changes:
+    """A store that is being changed over `con`; it answers SELECTs as a reader does."""
+
+    def __init__(self, con: duckdb.DuckDBPyConnection) -> None:
+        self.con = con
+
+    def sql(self, query: str, /) -> pa.Table:
+        """The result of a SELECT, changes included. Raises duckdb.Error."""
+        return self.con.execute(query).to_arrow_table()
+
+
 @contextmanager
-def writing(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection to the store in one transaction, which ends with the block; meanwhile no capture starts.
+def writing(path: Path) -> Iterator[Changes]:
+    """The store in one transaction, which ends with the block; meanwhile no capture starts.
 
     What a killed capture left running in it becomes interrupted, as when a capture opens it.
 
@@ -39,7 +58,7 @@ def writing(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
             schema.migrate(con)
             con.execute("BEGIN")
             con.execute(INTERRUPT)
-            yield con
+            yield Changes(con)
             con.execute("COMMIT")
             con.execute("CHECKPOINT store")
         except duckdb.Error as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
@@ -37,6 +38,11 @@ class _File:
     def select(self, query: str) -> pa.Table:
         return self.con.execute(query).to_arrow_table()
 
+    def stream(self, query: str, rows: int) -> pa.RecordBatchReader:
+        con = self.con.cursor()  # one connection has one result at a time
+        con.execute("USE store")
+        return con.execute(query).to_arrow_reader(rows)
+
 
 class _Remote:
     """The process that records."""
@@ -47,6 +53,9 @@ class _Remote:
 
     def select(self, query: str) -> pa.Table:
         return share.remote_select(self.con, self._live, query).to_arrow_table()
+
+    def stream(self, query: str, rows: int) -> pa.RecordBatchReader:
+        return share.remote_select(self.con.cursor(), self._live, query).to_arrow_reader(rows)
 
 
 def open_reader(path: Path) -> StoreReader:
@@ -105,6 +114,19 @@ class StoreReader:
         if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
             raise StoreError("only a single SELECT can be run on a store")
         return self._select(statements[0].query)
+
+    def stream(self, query: str, rows_per_batch: int = 65_536) -> Iterator[pa.RecordBatch]:
+        """The result of one SELECT piece by piece, for what need not be in memory as a whole.
+
+        Raises:
+            StoreError: an error in it, or the store ends to be readable meanwhile.
+        """
+        if self._source is None:
+            raise StoreError("the reader is closed")
+        try:
+            yield from self._source.stream(query, rows_per_batch)
+        except (duckdb.Error, OSError) as error:  # OSError: as Arrow hands it on
+            raise StoreError(f"{self.path} cannot be read: {error}") from error
 
     def rollouts(self) -> list[Rollout]:
         """All rollouts, oldest first. One that runs while nobody records was killed with its capture."""

@@ -17,15 +17,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
-import duckdb
 import msgspec
 import numpy as np
 import pyarrow as pa
 
 from polar_mitm.errors import StoreError
-from polar_mitm.store.offline import writing
+from polar_mitm.store.offline import Selects, writing
 from polar_mitm.store.rows import quote
 
 _SEED = "polar-mitm seal 1"
@@ -68,12 +67,6 @@ _TABLES = (
     _Table("reward", "rewards", _REWARD.split(), "name", '"at", name, verifier, value, evidence'),
     _Table("egress", "egress", _EGRESS.split(), "name", '"at", verdict, layer, name, detail'),
 )
-
-
-class _Selects(Protocol):
-    """A `StoreReader`, or what else answers a SELECT."""
-
-    def sql(self, query: str, /) -> pa.Table: ...
 
 
 class _Record(NamedTuple):
@@ -134,22 +127,21 @@ def seal_rollout(path: Path, rollout_id: str) -> Seal:
     Raises:
         StoreError: there is no such rollout, it is sealed, or the store cannot be written.
     """
-    with writing(path) as con:
-        source = _Connection(con)
-        if seals(source, rollout_id):
+    with writing(path) as store:
+        if seals(store, rollout_id):
             raise StoreError(f"rollout {rollout_id} is sealed already: `polar-mitm verify --seal` checks it")
-        records = list(_records(source, rollout_id))
+        records = list(_records(store, rollout_id))
         if records[0].kind != "rollout":
             raise StoreError(f"{path} has no rollout {rollout_id}")
         now, chains = time.time(), _chains(rollout_id, records)
-        con.executemany(
+        store.con.executemany(
             "INSERT INTO seals VALUES (?, ?, ?, ?, ?, ?, ?)",
             [(rollout_id, n, *r, c, now) for n, (r, c) in enumerate(zip(records, chains, strict=True))],
         )
     return Seal(rollout_id, chains[-1], len(records) - 1, now)
 
 
-def seals(reader: _Selects, rollout_id: str | None = None) -> list[Seal]:
+def seals(reader: Selects, rollout_id: str | None = None) -> list[Seal]:
     """The seals of a store, or of one rollout, oldest first.
 
     Raises:
@@ -163,7 +155,7 @@ def seals(reader: _Selects, rollout_id: str | None = None) -> list[Seal]:
     return [Seal(**row) for row in found.to_pylist()]
 
 
-def verify_seal(reader: _Selects, rollout_id: str, expected: str | None = None) -> SealCheck:
+def verify_seal(reader: Selects, rollout_id: str, expected: str | None = None) -> SealCheck:
     """Compare a rollout with its seal, and name the first record that is not as it was.
 
     Args:
@@ -191,17 +183,7 @@ def verify_seal(reader: _Selects, rollout_id: str, expected: str | None = None) 
     return SealCheck(rollout_id, found[0], fault)
 
 
-class _Connection:
-    """A connection as a reader."""
-
-    def __init__(self, con: duckdb.DuckDBPyConnection) -> None:
-        self._con = con
-
-    def sql(self, query: str, /) -> pa.Table:
-        return self._con.execute(query).to_arrow_table()
-
-
-def _records(reader: _Selects, rollout_id: str) -> Iterator[_Record]:
+def _records(reader: Selects, rollout_id: str) -> Iterator[_Record]:
     num_records = 0
     for table in _TABLES:
         columns = ", ".join(f'"{name}"' for name in table.columns)

@@ -12,20 +12,27 @@ ALTER TABLE call_log ADD COLUMN answer BLOB;
 
 -- What `polar-mitm reconstruct --write` has built.
 CREATE TABLE trajectory_rows (
+    trajectory_no BIGINT NOT NULL,  -- key of trajectory_pages; rising
     trajectory_id VARCHAR NOT NULL, -- unique within a builder
     rollout_id VARCHAR NOT NULL,
     group_id VARCHAR,
     builder VARCHAR NOT NULL,
     role VARCHAR,
     num_tokens INTEGER,             -- T
-    num_trained INTEGER,            -- the sum of loss_mask
-    token_ids INTEGER[],            -- [T]
-    loss_mask UTINYINT[],           -- [T] 1 where a sampled token trains
-    behaviour_logprobs FLOAT[],     -- [T] nats, 0.0 where masked
+    num_trained INTEGER,
+    mask_runs INTEGER[],            -- lengths of the runs of equal loss_mask, the first one of zeros
     spans VARCHAR,                  -- JSON list of objects, the calls, root first
     policy_version_min VARCHAR,
     policy_version_max VARCHAR,
     built_at DOUBLE
+);
+
+-- The tokens of trajectories, cut evenly: DuckDB unpacks 2,048 rows at once, whatever their length.
+CREATE TABLE trajectory_pages (
+    trajectory_no BIGINT NOT NULL,
+    page INTEGER NOT NULL,
+    token_ids INTEGER[],
+    trained_logprobs FLOAT[]        -- nats, of those of the page's tokens that train
 );
 
 -- The account of each build, one row per rollout and builder.
@@ -85,4 +92,32 @@ SELECT c.*, p.prompt_token_ids
 FROM calls c JOIN call_prompts p ON p.call_id = c.call_id;
 
 CREATE VIEW trajectories AS
-SELECT * REPLACE (spans::JSON AS spans) FROM trajectory_rows;
+SELECT * EXCLUDE (mask_runs) REPLACE (
+    json_transform(spans, '[{
+        "call_id": "VARCHAR", "start": "INTEGER", "sampled_start": "INTEGER", "end": "INTEGER",
+        "mask_reason": "VARCHAR", "truncated": "BOOLEAN", "policy_version": "VARCHAR",
+        "policy_version_last": "VARCHAR"
+    }]') AS spans
+)
+FROM trajectory_rows;
+
+-- With token_ids [T], loss_mask [T], 1 where a sampled token trains, behaviour_logprobs [T] in nats, 0.0 elsewhere.
+CREATE VIEW trajectories_full AS
+SELECT t.*, p.token_ids,
+    flatten(list_transform(m.mask_runs, lambda n, i: list_resize([]::UTINYINT[], n, (1 - i % 2)::UTINYINT)))
+        AS loss_mask,
+    flatten(list_transform(m.mask_runs, lambda n, i:
+        CASE WHEN i % 2 = 1 THEN list_resize([]::FLOAT[], n, 0::FLOAT)
+        ELSE list_slice(
+            p.trained_logprobs,
+            1 + list_sum(list_filter(m.mask_runs[:i], lambda m, j: j % 2 = 0)) - n,
+            list_sum(list_filter(m.mask_runs[:i], lambda m, j: j % 2 = 0))
+        ) END
+    )) AS behaviour_logprobs
+FROM trajectories t
+JOIN trajectory_rows m ON m.trajectory_no = t.trajectory_no
+JOIN (
+    SELECT trajectory_no, flatten(list(token_ids ORDER BY page)) AS token_ids,
+        flatten(list(trained_logprobs ORDER BY page)) AS trained_logprobs
+    FROM trajectory_pages GROUP BY trajectory_no
+) p ON p.trajectory_no = t.trajectory_no;
