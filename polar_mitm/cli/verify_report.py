@@ -76,7 +76,7 @@ def tell_found(found: Found) -> None:
     num_calls = plural(sum(r.num_calls for r in reports), "call")
     tell(f"context equal in {_percent(reports)} of {num_calls}")
     if found.seals:
-        tell(f"{sum(s.ok for s in found.seals)} of {plural(len(found.seals), 'seal')} hold")
+        tell(f"seals: {sum(s.ok for s in found.seals)} of {len(found.seals)} hold")
     drift = found.drift
     if drift.num_tokens:
         kl = "unknown (no token at temperature 1)" if drift.kl is None else f"{drift.kl:.2e} (k3)"

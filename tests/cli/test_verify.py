@@ -1,0 +1,112 @@
+"""`polar-mitm verify`, as far as it needs no engine."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from polar_mitm.store.seal import seal_rollout
+from polar_mitm.types import Rollout
+from tests.cli.conftest import Polar, record, sampled
+
+
+@pytest.fixture
+def copy(store: Path, tmp_path: Path) -> Path:
+    """The store of the session, to be changed."""
+    return Path(shutil.copy(store, tmp_path / "copy.duckdb"))
+
+
+def change(path: Path, statement: str) -> None:
+    """Somebody edits the file behind our back."""
+    with duckdb.connect(path) as con:
+        [(num_rows,)] = con.execute(statement).fetchall()
+        assert num_rows == 1
+
+
+def test_contexts_and_the_account(polar: Polar, store: Path) -> None:
+    done = polar("verify", store)
+    assert done.code == 0, done.err
+    assert "context equal in 100 % of 2 calls" in done.out
+    assert "rollout-A" in done.out and "rollout-B" in done.out
+
+
+def test_one_document(polar: Polar, store: Path) -> None:
+    found = polar("verify", store, "--rollout", "rollout-A", "--json").json
+    assert found["sound"] is True
+    assert (found["builder"], found["context_equality"], found["weights"]) == ("forest", 1.0, None)
+    [rollout] = found["rollouts"]
+    assert (rollout["source"], rollout["sampled"], rollout["trained"]) == ("built", 10, 10)
+    assert (rollout["num_calls"], rollout["num_equal"], rollout["accounted"]) == (2, 2, True)
+    assert found["drift"]["num_tokens"] == 0 and found["drift"]["kl"] is None
+
+
+@pytest.mark.parametrize("builder", ["per-request", "polar-splice"])
+def test_other_builders(polar: Polar, store: Path, builder: str) -> None:
+    found = polar("verify", store, "-r", "rollout-A", "--builder", builder, "--json").json
+    assert found["builder"] == builder and found["sound"] is True
+    assert found["rollouts"][0]["num_trajectories"] == {"per-request": 2, "polar-splice": 1}[builder]
+
+
+def test_a_builder_that_bends_contexts_is_found_out(polar: Polar, tmp_path: Path) -> None:
+    """Re-tokenised history: equal text, other ids. Polar's rule trains under what was never the context."""
+    drifted = sampled("r", 1, 20, 6)
+    drifted.prompt_token_ids[11] += 1000  # inside what call 0 sampled
+    path = tmp_path / "drifted.duckdb"
+    record(path, [Rollout("r", status="completed")], [sampled("r", 0, 10, 4), drifted], [])
+    assert polar("verify", path).code == 0, "the forest splits there"
+    done = polar("verify", path, "--builder", "polar-splice")
+    assert done.code == 1
+    assert "position 11 (call r-call-1): prompt 12, recorded 1012" in done.out
+
+
+def seals(polar: Polar, path: Path) -> tuple[int, Any]:
+    done = polar("verify", path, "-r", "rollout-A", "--seal", "--json")
+    return done.code, done.json["seals"]
+
+
+def test_a_seal_that_holds(polar: Polar, copy: Path) -> None:
+    seal_rollout(copy, "rollout-A")
+    assert seals(polar, copy) == (0, [{"rollout_id": "rollout-A", "ok": True, "fault": None}])
+
+
+def test_one_changed_byte_in_a_sealed_store_is_found(polar: Polar, copy: Path) -> None:
+    seal_rollout(copy, "rollout-A")
+    change(copy, "UPDATE call_rows SET error = 'x' WHERE call_id = 'rollout-A-call-1'")
+    fault = "call rollout-A-call-1 was changed"
+    assert seals(polar, copy) == (1, [{"rollout_id": "rollout-A", "ok": False, "fault": fault}])
+    done = polar("verify", copy, "-r", "rollout-A", "--seal")
+    assert f"rollout rollout-A: {fault}" in done.out and "seals: 0 of 1 hold" in done.out
+
+
+def test_what_was_never_sealed_does_not_pass_for_sealed(polar: Polar, store: Path) -> None:
+    code, [seal] = seals(polar, store)
+    assert (code, seal["ok"], seal["fault"]) == (1, False, "it was never sealed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--engine", "http://127.0.0.1:9", "--model", "."), 2, "not both"),
+        (("--model", "/nowhere"), 2, "no folder of a Hugging Face model"),
+        (("--engine", "http://127.0.0.1:9"), 3, "no engine answers"),
+        (("--rollout", "nobody"), 2, "has no rollout 'nobody'"),
+        (("--builder", "best"), 2, "best"),
+        (("--tolerance", "-1"), 2, "tolerance"),
+    ],
+)
+def test_what_cannot_be(
+    polar: Polar, store: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    done = polar("verify", store, *arguments, "--json")
+    assert done.code == code
+    assert message in done.json["error"]
+
+
+def test_no_store(polar: Polar, tmp_path: Path) -> None:
+    done = polar("verify", tmp_path / "none.duckdb")
+    assert done.code == 2 and "there is no store" in done.err
+    assert not (tmp_path / "none.duckdb").exists()
