@@ -26,7 +26,9 @@ from polar_mitm.config import Settings
 from polar_mitm.store import Recorder
 from polar_mitm.types import Rollout
 from polar_mitm.upstream.engine import EngineInfo
-from polar_mitm_addons.capture import Session
+from polar_mitm_addons.capture import Capture, Session
+from polar_mitm_addons.chain import ModelCalls
+from polar_mitm_addons.intercept import Intercept
 from polar_mitm_addons.interceptor import Interceptor
 from tests.support.held_engine import DEADLINE_S
 from tests.support.recorder import MemoryRecorder
@@ -141,7 +143,12 @@ class _Asyncio:
 
 @asynccontextmanager
 async def rig(
-    engine_url: str, store: Recorder | None = None, *, engine: EngineInfo | None = None, **settings: Any
+    engine_url: str,
+    store: Recorder | None = None,
+    *,
+    engine: EngineInfo | None = None,
+    model_calls: Callable[[Capture], ModelCalls] = Intercept,
+    **settings: Any,
 ) -> AsyncIterator[Rig]:
     """An interceptor in front of the engine at `engine_url`, which is not probed; `engine` says what it can.
 
@@ -153,7 +160,7 @@ async def rig(
     config = Settings(**({"head_grace_s": 0.02} | settings))
     watched = _Asyncio()
     with mock.patch.object(server, "asyncio", watched), mock.patch.object(certs, "create_ca", _create_ca):
-        async with Interceptor(config, info, store or cast(Recorder, recorder)) as interceptor:
+        async with Interceptor(config, info, store or cast(Recorder, recorder), model_calls) as interceptor:
             yield Rig(interceptor, recorder)
     assert watched.dialled == []
 
