@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
@@ -11,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from polar_mitm.store.offline import Changes
+from polar_mitm.errors import StoreError
+from polar_mitm.store.offline import Changes, Selects
 from polar_mitm.store.rows import quote
 
 _MAX_TOKENS = 4 << 20  # of what is inserted at once
@@ -52,6 +54,66 @@ class BuiltTrajectory(Protocol):
     def policy_version_min(self) -> str | None: ...
     @property
     def policy_version_max(self) -> str | None: ...
+
+
+class StoredSpan(msgspec.Struct, frozen=True):
+    """Where a call lies in a stored trajectory, as in `reconstruct.CallSpan`."""
+
+    call_id: str
+    start: int
+    sampled_start: int
+    end: int
+    mask_reason: str | None = None
+    truncated: bool = False
+    policy_version: str | None = None
+    policy_version_last: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredTrajectory:
+    """A trajectory out of the table; its arrays [T] are int32, uint8 and float32."""
+
+    trajectory_id: str
+    rollout_id: str
+    group_id: str | None
+    role: str
+    token_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.uint8]
+    behaviour_logprobs: NDArray[np.float32]
+    spans: tuple[StoredSpan, ...]
+    policy_version_min: str | None
+    policy_version_max: str | None
+
+
+def stored_trajectories(reader: Selects, rollout_id: str, builder: str) -> Iterator[StoredTrajectory]:
+    """What was written of a builder's trajectories of one rollout, in that order, one in memory at a time.
+
+    Raises:
+        StoreError: the store cannot be read, or a trajectory in it is damaged.
+    """
+    found = reader.sql(
+        "SELECT * EXCLUDE (builder, num_trained, built_at) FROM trajectory_rows "
+        f"WHERE rollout_id = {quote(rollout_id)} AND builder = {quote(builder)} ORDER BY trajectory_no"
+    )
+    for row in found.to_pylist():
+        pages = reader.sql(
+            f"FROM trajectory_pages WHERE trajectory_no = {row.pop('trajectory_no')} ORDER BY page"
+        ).combine_chunks()
+        ids, trained = (_flat(pages[name]) for name in ("token_ids", "trained_logprobs"))
+        try:
+            runs = np.array(row.pop("mask_runs"), np.int64)
+            mask = np.repeat(np.arange(runs.size, dtype=np.uint8) % 2, runs)
+            logprobs = np.zeros(mask.size, np.float32)
+            logprobs[mask == 1] = trained
+            spans = msgspec.json.decode(row.pop("spans"), type=tuple[StoredSpan, ...])
+            if not ids.size == mask.size == row.pop("num_tokens"):
+                raise ValueError("lengths differ")
+        except (ValueError, TypeError) as error:
+            raise StoreError(
+                f"trajectory {row['trajectory_id']} is damaged: `polar-mitm reconstruct --write` "
+                "writes it again"
+            ) from error
+        yield StoredTrajectory(token_ids=ids, loss_mask=mask, behaviour_logprobs=logprobs, spans=spans, **row)
 
 
 class TrajectoryWriter:
@@ -133,6 +195,11 @@ def mask_runs(loss_mask: NDArray[np.uint8]) -> NDArray[np.int32]:
     """The lengths of the runs of equal values in a mask [T], the first one of zeros, which may be empty."""
     edges = np.flatnonzero(np.diff(loss_mask, prepend=np.uint8(0)))
     return np.diff(edges, prepend=0, append=loss_mask.size).astype(np.int32)
+
+
+def _flat(column: pa.ChunkedArray) -> NDArray[Any]:
+    chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    return np.concatenate(chunks) if chunks else np.empty(0, np.int32)
 
 
 def _pages(number: int, one: BuiltTrajectory) -> pa.RecordBatch:

@@ -16,7 +16,7 @@ from polar_mitm.errors import StoreError
 from polar_mitm.store import Recorder, open_reader
 from polar_mitm.store.batches import PackedBatch, packed_batches
 from polar_mitm.store.offline import writing
-from polar_mitm.store.trajectories import TrajectoryWriter, mask_runs
+from polar_mitm.store.trajectories import StoredSpan, TrajectoryWriter, mask_runs, stored_trajectories
 from polar_mitm.types import Rollout
 
 
@@ -105,6 +105,16 @@ def test_a_table_and_its_views(tmp_path: Path) -> None:
         assert (row["num_tokens"], row["num_trained"]) == (one.token_ids.size, one.loss_mask.sum())
         assert row["builder"] == "forest" and row["built_at"] > 1e9
     assert light == [{n: v for n, v in row.items() if n in light[0]} for row in rows]
+    with open_reader(path) as reader:
+        stored = [t for r in ("r1", "r2") for t in stored_trajectories(reader, r, "forest")]
+        assert list(stored_trajectories(reader, "r1", "nobody")) == []
+    for found, one in zip(stored, SOME, strict=True):
+        for name in ("token_ids", "loss_mask", "behaviour_logprobs"):
+            array, expected = getattr(found, name), getattr(one, name)
+            assert array.dtype == expected.dtype and np.array_equal(array, expected)
+        assert found.spans == (StoredSpan(**SPAN),)
+        for name in ("trajectory_id", "rollout_id", "group_id", "role", "policy_version_min"):
+            assert getattr(found, name) == getattr(one, name)
     assert [b["report"] for b in builds] == ['{"trained":1216}', '{"trained":1}']
 
 
@@ -188,6 +198,8 @@ def test_damaged_trajectories_are_refused(tmp_path: Path, damage: str) -> None:
         con.execute(damage)
     with open_reader(path) as reader, pytest.raises(StoreError, match="its trajectories are damaged"):
         list(packed_batches(reader, max_tokens=9999))
+    with open_reader(path) as reader, pytest.raises(StoreError, match="trajectory a is damaged"):
+        list(stored_trajectories(reader, "r1", "forest"))
 
 
 def test_a_store_in_use_is_not_written(tmp_path: Path) -> None:
