@@ -27,6 +27,7 @@ from polar_mitm_addons.capture import Capture, Session, new_http
 from polar_mitm_addons.chain import OPTIONS, Chain, ModelCalls
 from polar_mitm_addons.dispatch import direct_handler
 from polar_mitm_addons.intercept import Intercept
+from polar_mitm_addons.restore import restore
 
 if TYPE_CHECKING:
     from polar_mitm.store import Recorder
@@ -49,9 +50,10 @@ class Serving:
         self.capture = Capture(settings, engine, recorder, new_http(settings))
         self.chain = Chain(self.capture, model_calls)
         self._open: dict[str, Rollout] = {}
+        self._closed: set[str] = set()
 
     async def open_rollout(self, rollout: Rollout) -> Session:
-        """Record that a rollout begins.
+        """Record that a rollout begins, or goes on: its recorded calls can then be continued.
 
         Raises:
             ValueError: a rollout of this id is open already.
@@ -61,8 +63,12 @@ class Serving:
         self._open[rollout.rollout_id] = rollout
         rollout.started_at = rollout.started_at or time.time()
         rollout.engine, rollout.model = self.engine.url, self.engine.model
+        rollout.keep_reasoning = self.capture.settings.keep_reasoning
         await asyncio.wrap_future(self.recorder.rollout(rollout))
-        return Session(rollout.rollout_id)
+        session = Session(rollout.rollout_id)
+        if rollout.rollout_id in self._closed or rollout.rollout_id in self.recorder.found:
+            await asyncio.to_thread(restore, session, self.recorder.path, self.capture.settings)
+        return session
 
     async def serve(self, session: Session, sockets: list[socket.socket]) -> None:
         """Accept on sockets that were made inside the rollout's sandbox.
@@ -78,8 +84,10 @@ class Serving:
         await self.chain.listeners.close(session)
         await self.chain.intercept.end(session)
         opened = self._open.pop(session.rollout_id, rollout)
+        self._closed.add(session.rollout_id)
         # A runner in another process ends it with a copy of its own.
         rollout.started_at, rollout.engine, rollout.model = opened.started_at, opened.engine, opened.model
+        rollout.keep_reasoning = opened.keep_reasoning
         rollout.ended_at = time.time()
         rollout.incomplete = (
             rollout.incomplete or session.incomplete or self.recorder.incomplete(session.rollout_id)

@@ -252,7 +252,8 @@ def _compare(
             edit = _reads(opening + ours, theirs, parent, reasoning if always else "", found.edits)
             if edit is not None:
                 return new, [*edits, edit]
-        reason = "reasoning_dropped" if reasoning not in theirs else "text_differs"
+        lost = reasoning and theirs.count(reasoning) < ours.count(reasoning)
+        reason = "reasoning_dropped" if lost else "text_differs"
     raise _Fallback(reason)
 
 

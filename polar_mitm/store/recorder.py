@@ -60,6 +60,8 @@ class Recorder:
     ) -> None:
         self.path = path.resolve()
         """The store that records go to; the rescue store where there is one."""
+        self.found: frozenset[str] = frozenset()
+        """Rollouts that were in the store when it was opened."""
         self.rescue_path: Path | None = None
         self._flush_interval_s = flush_interval_s
         self._on_alarm = on_alarm
@@ -94,6 +96,8 @@ class Recorder:
             raise
         except _FAILURES as error:
             self._open_rescue(error)
+        if self._hold:
+            self.found = self._hold.writer.found
         self._thread = threading.Thread(target=self._run, name="polar-mitm-store", daemon=True)
         self._thread.start()
 

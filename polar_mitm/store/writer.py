@@ -86,6 +86,9 @@ class StoreWriter:
                 self.con.register(name, source)
             self.packer = CallPacker(self.con)
             self._sealed = {row[0] for row in self.con.execute("SELECT rollout_id FROM seals").fetchall()}
+            found = self.con.execute("SELECT rollout_id FROM rollout_rows").fetchall()
+            self.found = frozenset(row[0] for row in found)
+            """The rollouts that were in it."""
         except (StoreError, duckdb.Error):
             self.con.close()
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
+from pathlib import Path
 
 import msgspec
 
@@ -14,6 +15,8 @@ class MemoryRecorder:
     """What the addons need of a `Recorder`. With `hold`, `call`'s futures stay open until the test's word."""
 
     def __init__(self) -> None:
+        self.found: frozenset[str] = frozenset()
+        self.path = Path("memory")
         self.hold = False
         self.fail: str | None = None
         self.calls: list[ModelCall] = []
