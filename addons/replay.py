@@ -177,10 +177,10 @@ class _Served:
         await self._record()
         if cut:
             hang_up(self.flow.client_conn.id)
-        if self.head.done():
+            if not self.head.done():
+                self.head.set_result(http.Response.make(499))  # for nobody
+        elif self.head.done():
             await send(self.flow, last, end=True)
-        elif cut:
-            self.head.set_result(http.Response.make(499))  # for nobody
         elif streamed:
             await self._release(last)
             await send(self.flow, b"", end=True)
