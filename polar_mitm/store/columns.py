@@ -77,10 +77,13 @@ def _read(reader: Selects, rollout_ids: Sequence[str]) -> Iterator[RolloutColumn
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, rollout_id in enumerate(table["rollout_id"].to_pylist()):
         rows_of[rollout_id].append(row)
-    whole = len(rows_of) == 1
     for rollout_id in rollout_ids:
         rows = rows_of[rollout_id]
-        yield _columns(rollout_id, table if whole and rows else table.take(pa.array(rows, pa.int64())))
+        together = rows and rows[-1] - rows[0] == len(rows) - 1  # then they need not be copied
+        yield _columns(
+            rollout_id,
+            table.slice(rows[0], len(rows)) if together else table.take(pa.array(rows, pa.int64())),
+        )
 
 
 def _columns(rollout_id: str, table: pa.Table) -> RolloutColumns:
