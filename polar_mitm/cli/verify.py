@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +16,7 @@ from polar_mitm.cli import loop
 from polar_mitm.cli.engine import probed
 from polar_mitm.cli.exits import NO, SETUP, fail
 from polar_mitm.cli.output import JsonFlag, err, print_json, progress
-from polar_mitm.cli.reading import RolloutOption, chosen, reading
+from polar_mitm.cli.reading import BuilderName, BuilderOption, RolloutOption, chosen, reading
 from polar_mitm.cli.verify_input import Source, trajectories_of
 from polar_mitm.cli.verify_report import Found, tell_found
 from polar_mitm.types import Rollout
@@ -37,14 +36,6 @@ EXAMPLES = (
 _MANAGED = "managed"
 
 
-class BuilderName(StrEnum):
-    """Who made the trajectories."""
-
-    forest = "forest"
-    per_request = "per-request"
-    polar_splice = "polar-splice"
-
-
 def verify(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="The DuckDB file of a capture.")],
     rollout: RolloutOption = None,
@@ -57,7 +48,7 @@ def verify(
         typer.Option("--model", "-m", metavar="DIR", help="Score in torch with this Hugging Face folder."),
     ] = None,
     dtype: Annotated[str, typer.Option(metavar="TYPE", help="Of --model.")] = "float32",
-    builder: Annotated[BuilderName, typer.Option(help="Whose trajectories.")] = BuilderName.forest,
+    builder: BuilderOption = BuilderName.forest,
     weights: Annotated[
         str | None,
         typer.Option(metavar="MODEL@VERSION", help="Which of the recorded weights the scorer holds."),
@@ -81,7 +72,8 @@ def verify(
 
     Exit code 1 if a context differs, the account does not add up, a token
     drifts beyond the tolerance, or a seal is broken or missing. Calls sampled
-    under other weights than the scorer's are counted apart and not scored.
+    under other weights than the scorer's, or under a grammar, are counted
+    apart and not scored.
     """
     if engine and model:
         fail("--engine or --model, not both")
@@ -126,7 +118,7 @@ async def _verify(
         with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
             task = bar.add_task("verifying", total=len(rollouts))
             for number, each in enumerate(rollouts, 1):
-                calls = reader.calls(each.rollout_id)
+                calls = reader.calls(each.rollout_id, wire=scorer is not None)
                 given = trajectories_of(reader, each, calls, builder)
                 examination = Examination(
                     each.rollout_id, map(sampled, calls), weights=held, tolerance=tolerance
@@ -157,7 +149,7 @@ async def _scorer(info: EngineInfo | None, model: Path | None, dtype: str) -> As
         from polar_mitm.verify import ProcessScorer
 
         with progress(f"loading {model}"):
-            in_torch = await ProcessScorer(_torch_command(model, dtype), clean_environment()).__aenter__()
+            in_torch = await ProcessScorer(torch_command(model, dtype), clean_environment()).__aenter__()
         try:
             yield in_torch
         finally:
@@ -166,7 +158,7 @@ async def _scorer(info: EngineInfo | None, model: Path | None, dtype: str) -> As
         yield None
 
 
-def _torch_command(model: Path, dtype: str) -> list[str]:
+def torch_command(model: Path, dtype: str) -> list[str]:
     """The trainer's scorer, on this Python where it has torch, else on that of the managed engine."""
     from polar_mitm.cache import default_cache
     from polar_mitm.engine import ensure_env, is_installed

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from msgspec import MsgspecError, Struct
+from msgspec.json import decode
 from numpy.typing import NDArray
 
 from polar_mitm.types import ModelCall
@@ -49,7 +51,9 @@ class Sampled:
 
     `weights` names what it was sampled under, None where they changed on the way. `tempered`: not sampled
     from the softmax itself (a temperature other than 1, top-p, top-k), while raw logprobs were recorded.
-    `num_sampled` is C, or the engine's own count where ids are missing.
+    `constrained`: sampled under a grammar (a forced tool, a schema), which vLLM masks the logits with before
+    it takes even raw logprobs: these are no logprobs of the model's own softmax. `num_sampled` is C, or the
+    engine's own count where ids are missing.
     """
 
     call_id: str
@@ -58,11 +62,20 @@ class Sampled:
     logprobs: NDArray[np.float64]
     weights: str | None
     tempered: bool
+    constrained: bool
     num_sampled: int
 
 
+class _Asked(Struct):
+    """What of an engine's request body has it sample under a grammar."""
+
+    tool_choice: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+
+
 def sampled(call: ModelCall) -> Sampled:
-    """A recorded call as verification sees it. A model in the store is one under its weights."""
+    """A recorded call as verification sees it; read with its bodies (`wire=True`) where it will be scored."""
     mixed = call.policy_version_last not in (None, call.policy_version)
     asked = call.sampling
     return Sampled(
@@ -72,6 +85,7 @@ def sampled(call: ModelCall) -> Sampled:
         logprobs=np.array(call.behaviour_logprobs, dtype=np.float64),
         weights=None if mixed else weights_name(call.model_served, call.policy_version),
         tempered=asked.temperature not in (None, 1.0) or asked.top_p not in (None, 1.0) or bool(asked.top_k),
+        constrained=_constrained(call.upstream_body),
         num_sampled=max(len(call.completion_token_ids), call.usage.completion_tokens),
     )
 
@@ -80,3 +94,12 @@ def weights_name(model: str, policy_version: str | None) -> str:
     """How a model at a version is called in reports."""
     version = policy_version or ""
     return version if version.startswith(f"{model}@") else f"{model}@{version or 'unknown'}"
+
+
+def _constrained(upstream_body: bytes) -> bool:
+    try:
+        asked = decode(upstream_body, type=_Asked) if upstream_body else _Asked()
+    except MsgspecError:
+        return False
+    free = asked.tool_choice in (None, "auto", "none")
+    return not free or bool(asked.response_format or asked.structured_outputs)

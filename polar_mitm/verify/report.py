@@ -17,6 +17,7 @@ from polar_mitm.verify.records import Path, Sampled, Span
 UnscoredReason = Literal[
     "other_weights",  # sampled under weights that the scorer does not hold
     "mixed_weights",  # the weights changed while it was sampled
+    "constrained",  # sampled under a grammar: its logprobs are not of the model's own softmax
     "over_window",  # lies beyond what the engine can read in one request
     "refused",  # the scorer would not, or could not, score it: an id out of its vocabulary, say
 ]
@@ -187,7 +188,9 @@ class Examination:
             return "refused"  # named among the differences
         if call.weights is None:
             return "mixed_weights"
-        return None if self._weights in (None, call.weights) else "other_weights"
+        if self._weights not in (None, call.weights):
+            return "other_weights"
+        return "constrained" if call.constrained else None
 
     def _outlier(self, path: Path, span: Span, scored: NDArray[np.float64], call: Sampled) -> Outlier | None:
         beyond = np.abs(scored - call.logprobs) > self._tolerance  # NaN is not

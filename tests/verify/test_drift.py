@@ -127,6 +127,27 @@ async def test_tempered_calls_count_for_drift_but_not_for_the_divergence(samplin
     assert report.calls[1].drift.kl is None
 
 
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b'{"tool_choice": "required"}', "constrained"),
+        (b'{"tool_choice": {"type": "function", "function": {"name": "f"}}}', "constrained"),
+        (b'{"tool_choice": "auto", "response_format": {"type": "json_schema"}}', "constrained"),
+        (b'{"structured_outputs": {"regex": "a*"}}', "constrained"),
+        (b'{"tool_choice": "auto", "messages": []}', None),
+        (b'{"tool_choice": "none"}', None),
+        (b"{", None),
+        (b"", None),
+    ],
+)
+async def test_what_was_sampled_under_a_grammar_is_named(body: bytes, reason: str | None) -> None:
+    """vLLM masks logits before it takes raw logprobs."""
+    calls = conversation(1, upstream_body=body)
+    report = await verified(calls, scorer=recorded(calls), weights=WEIGHTS)
+    assert report.unscored == ({reason: 4} if reason else {})
+    assert bool(report.calls) is (reason is None)
+
+
 async def test_masked_calls_are_not_scored() -> None:
     calls = [*conversation(1), call("t", [1, 2], [3, 4], role="auxiliary", model_served="m")]
     scorer = recorded(calls)
