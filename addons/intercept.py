@@ -160,7 +160,7 @@ class _Call:
 
     def _start(self) -> Step:
         flow, limit = self._flow, self._capture.settings.max_body_bytes
-        wire = _wire(flow)
+        wire = wire_of(flow)
         if TOO_LARGE in flow.metadata:
             return self._exchange.refuse(too_large(limit), wire)
         headers = {name.lower(): value for name, value in wire.request_headers}
@@ -286,7 +286,7 @@ class _Call:
             session.incomplete = f"call {call.call_id} may not be in the store: {error!r}"
 
 
-def _wire(flow: http.HTTPFlow) -> Wire:
+def wire_of(flow: http.HTTPFlow) -> Wire:
     request = flow.request
     return Wire(
         method=request.method,

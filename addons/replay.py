@@ -26,7 +26,7 @@ from polar_mitm.store.redact import credentials, redact_body, redact_headers, re
 from polar_mitm.types import ModelCall, Wire
 from polar_mitm_addons.capture import Capture, Session
 from polar_mitm_addons.identify import PROVIDER, wants_websocket
-from polar_mitm_addons.intercept import RECORD_TIMEOUT_S, Intercept, _wire
+from polar_mitm_addons.intercept import RECORD_TIMEOUT_S, Intercept, wire_of
 from polar_mitm_addons.replies import stream_head, to_response
 from polar_mitm_addons.streaming import ANSWER, GONE, Answer, hang_up, send
 
@@ -264,7 +264,7 @@ async def _record(capture: Capture, session: Session, call: ModelCall) -> None:
 
 def _whole(flow: http.HTTPFlow, limit: int) -> Wire:
     """The request with its body decoded; as received where that cannot be done."""
-    wire = _wire(flow)
+    wire = wire_of(flow)
     wire.request_body = flow.request.raw_content or b""
     with contextlib.suppress(PolarError):
         encoding = flow.request.headers.get("content-encoding", "")
