@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,11 +40,13 @@ _SPAN = pa.struct(
         _field("mask_reason", pa.string(), "why its sampled tokens are masked here; null: they train"),
         _field("truncated", pa.bool_(), "cancelled, or cut by length"),
         _field("policy_version", pa.string()),
+        _field("policy_version_last", pa.string(), "its last token's, where weights changed inside the call"),
     ]
 )
 TRAJECTORIES = pa.schema(
     [
-        _field("trajectory_id", pa.string(), "the id of its last call"),
+        _field("trajectory_id", pa.string(), "the id of its last call; unique within a builder"),
+        _field("builder", pa.string(), "forest, per-request, polar-splice"),
         _field("rollout_id", pa.string()),
         _field("group_id", pa.string(), "the rollouts of one task under one policy"),
         _field("role", pa.string(), "of its last call: main, subagent, auxiliary, compaction"),
@@ -56,7 +59,7 @@ TRAJECTORIES = pa.schema(
         _field("policy_version_max", pa.string(), "over the spans that train"),
         _field("spans", pa.list_(_SPAN), "the calls, root first; they tile 0..T"),
     ],
-    metadata={"polar_mitm.schema": "trajectories/1"},
+    metadata={"polar_mitm.schema": "trajectories/2"},
 )
 _SAMPLING = pa.struct(
     [
@@ -82,6 +85,12 @@ CALLS = pa.schema(
         _field("delivered", pa.bool_(), "the whole answer was handed to the harness"),
         *(_field(name, pa.string()) for name in ("finish_reason", "error")),
         _field("policy_version", pa.string(), "the engine's own word for its weights"),
+        _field("policy_version_last", pa.string(), "its last token's, where weights changed inside the call"),
+        _field("continuation", pa.string(), "exact: its prompt begins with its parent's own ids; none"),
+        _field("fallback", pa.string(), "why it is not exact"),
+        _field("edits", pa.list_(pa.string()), "harmless edits of the history that it was found in spite of"),
+        _field("replayed_from", pa.string(), "the recorded call of another rollout that was served"),
+        _field("tokenizer", pa.string(), "ids of different ones must not meet"),
         _field("sampling_requested", _SAMPLING, "what the harness asked for"),
         _field("sampling", _SAMPLING, "what the engine was told"),
         _field("notes", pa.list_(pa.string()), "what translation left out on purpose"),
@@ -93,20 +102,26 @@ CALLS = pa.schema(
         _field("first_token_at", pa.float64(), "Unix seconds"),
         _field("ended_at", pa.float64(), "Unix seconds"),
     ],
-    metadata={"polar_mitm.schema": "calls/1"},
+    metadata={"polar_mitm.schema": "calls/2"},
 )
 
 
 def export_trajectories(
-    trajectories: Iterable[Trajectory], path: str | os.PathLike[str], *, force: bool = False
+    trajectories: Iterable[Trajectory],
+    path: str | os.PathLike[str],
+    *,
+    builder: str = "forest",
+    force: bool = False,
 ) -> int:
-    """Write trajectories to `path` in the schema `TRAJECTORIES`; return how many.
+    """Write a builder's trajectories to `path` in the schema `TRAJECTORIES`; return how many.
+
+    `trajectories` is read once, a few of them in memory at a time.
 
     Raises:
         FileExistsError: `path` exists and `force` is not set.
         OSError: the file cannot be written; what was at `path` before is still there.
     """
-    return _write(trajectories, _trajectory_row, TRAJECTORIES, Path(path), force)
+    return _write(trajectories, partial(_trajectory_row, builder), TRAJECTORIES, Path(path), force)
 
 
 def export_calls(calls: Iterable[ModelCall], path: str | os.PathLike[str], *, force: bool = False) -> int:
@@ -119,9 +134,9 @@ def export_calls(calls: Iterable[ModelCall], path: str | os.PathLike[str], *, fo
     return _write(calls, _call_row, CALLS, Path(path), force)
 
 
-def _trajectory_row(trajectory: Trajectory) -> Mapping[str, Any]:
+def _trajectory_row(builder: str, trajectory: Trajectory) -> Mapping[str, Any]:
     row = {name: getattr(trajectory, name, None) for name in TRAJECTORIES.names}
-    row["num_tokens"] = trajectory.token_ids.size
+    row |= {"builder": builder, "num_tokens": trajectory.token_ids.size}
     row["spans"] = [msgspec.structs.asdict(span) for span in trajectory.spans]
     return row
 
@@ -138,17 +153,17 @@ def _write(
 ) -> int:
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists")
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     num_rows, rest = 0, iter(items)
     try:
-        with partial.open("xb") as file:
+        with unfinished.open("xb") as file:
             with pq.ParquetWriter(file, schema, compression="zstd") as writer:
                 while rows := [to_row(item) for item in islice(rest, _ROWS_PER_GROUP)]:
                     writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
                     num_rows += len(rows)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        unfinished.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     return num_rows

@@ -32,7 +32,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def test_trajectories_read_back(tmp_path: Path) -> None:
     trajectories, _ = build([A, B, TITLE], rollout=Rollout("r1", group_id="g"))
     path = tmp_path / "t.parquet"
-    assert export_trajectories(iter(trajectories), path) == 2
+    assert export_trajectories(iter(trajectories), path, builder="per-request") == 2
     main, title = rows(path)
     for row, source in zip((main, title), trajectories, strict=True):
         assert row["trajectory_id"] == source.trajectory_id and row["role"] == source.role
@@ -49,7 +49,9 @@ def test_trajectories_read_back(tmp_path: Path) -> None:
         "mask_reason": None,
         "truncated": True,
         "policy_version": None,
+        "policy_version_last": None,
     }
+    assert {row["builder"] for row in (main, title)} == {"per-request"}
     assert title["spans"][0]["mask_reason"] == "auxiliary" and title["num_trained"] == 0
 
 
@@ -60,6 +62,10 @@ def test_calls_read_back(tmp_path: Path) -> None:
         [3],
         sampling=Sampling(temperature=1.0, stop=["END"]),
         notes=["withheld:web_search"],
+        continuation="exact",
+        edits=["trimmed_whitespace"],
+        policy_version_last="8",
+        tokenizer="t",
         usage=Usage(prompt_tokens=2, completion_tokens=1),
         first_token_at=1.5,
     )
@@ -90,7 +96,7 @@ def test_nothing_to_export_is_a_file_without_rows(tmp_path: Path) -> None:
 def test_the_file_says_what_it_is_and_is_compressed_with_zstd(tmp_path: Path) -> None:
     export_trajectories(build([A])[0], tmp_path / "t.parquet")
     export_calls([A], tmp_path / "c.parquet")
-    for name, schema, version in (("t", TRAJECTORIES, b"trajectories/1"), ("c", CALLS, b"calls/1")):
+    for name, schema, version in (("t", TRAJECTORIES, b"trajectories/2"), ("c", CALLS, b"calls/2")):
         file = pq.ParquetFile(tmp_path / f"{name}.parquet")
         assert file.schema_arrow.metadata[b"polar_mitm.schema"] == version
         assert file.schema_arrow.equals(schema)

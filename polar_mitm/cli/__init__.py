@@ -11,10 +11,11 @@ from typing import Annotated, NoReturn
 import typer
 
 from polar_mitm import __version__
-from polar_mitm.cli import calls, demo, doctor, engine, exits, replay, run, trajectories, up, verify
+from polar_mitm.cli import calls, demo, doctor, engine, exits, replay, run, seal, trajectories, up, verify
 from polar_mitm.cli.output import JsonFlag, print_json
 
 _SETUP, _CAPTURE, _READ = "Set up", "Capture", "Read (also while a capture runs)"
+_KEEP = "Keep (while no capture runs)"
 
 
 app = typer.Typer(
@@ -58,6 +59,7 @@ app.command("reconstruct", rich_help_panel=_READ, epilog=trajectories.RECONSTRUC
     trajectories.reconstruct
 )
 app.command("verify", rich_help_panel=_READ, epilog=verify.EXAMPLES)(verify.verify)
+app.command("seal", rich_help_panel=_KEEP, epilog=seal.EXAMPLES)(seal.seal)
 app.command("export", rich_help_panel=_READ, epilog=trajectories.EXPORT_EXAMPLES)(trajectories.export)
 
 

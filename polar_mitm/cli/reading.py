@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,23 @@ StoreOption = Annotated[
 RolloutOption = Annotated[
     str | None,
     typer.Option("--rollout", "-r", metavar="ID", help="Only this rollout: its id, or the end of it."),
+]
+
+
+class BuilderName(StrEnum):
+    """Who makes the trajectories."""
+
+    forest = "forest"
+    per_request = "per-request"
+    polar_splice = "polar-splice"
+
+
+BuilderOption = Annotated[
+    BuilderName,
+    typer.Option(
+        help="forest: one trajectory per path of exact prefixes; per-request: one per call; polar-splice: "
+        "Polar's rule, its context mismatches counted."
+    ),
 ]
 
 

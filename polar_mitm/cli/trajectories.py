@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,17 +13,31 @@ import typer
 
 from polar_mitm.cli.exits import NO, fail
 from polar_mitm.cli.output import JsonFlag, counted, plural, print_json, print_table, say, short, tell
-from polar_mitm.cli.reading import RolloutOption, StoreOption, chosen, reading
-from polar_mitm.types import ModelCall, Rollout
+from polar_mitm.cli.reading import BuilderName, BuilderOption, RolloutOption, StoreOption, chosen, reading
+from polar_mitm.types import Rollout
 
 if TYPE_CHECKING:
-    from polar_mitm.reconstruct import BuildReport
+    from polar_mitm.reconstruct import BuildReport, Trajectory
+    from polar_mitm.store.offline import Selects
 
-RECONSTRUCT_EXAMPLES = "$ polar-mitm reconstruct -s runs.duckdb"
+RECONSTRUCT_EXAMPLES = (
+    "$ polar-mitm reconstruct -s runs.duckdb\n\n"
+    "$ polar-mitm reconstruct -s runs.duckdb --write  # then: SELECT ... FROM trajectories\n\n"
+    "$ polar-mitm reconstruct -s runs.duckdb --builder polar-splice --json | jq .mismatched"
+)
 EXPORT_EXAMPLES = (
     "$ polar-mitm export -s runs.duckdb -o trajectories.parquet\n\n"
     "$ polar-mitm export -s runs.duckdb -o calls.parquet --what calls"
 )
+MaxOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens",
+        min=1,
+        metavar="N",
+        help="Split what adds more tokens to its context, where calls end; each part has its whole context.",
+    ),
+]
 
 
 class What(StrEnum):
@@ -31,35 +47,61 @@ class What(StrEnum):
     calls = "calls"
 
 
-def reconstruct(store: StoreOption, rollout: RolloutOption = None, json: JsonFlag = False) -> None:
+@dataclass(frozen=True, slots=True)
+class _How:
+    """What a builder is asked for."""
+
+    builder: BuilderName
+    max_tokens: int | None
+
+    def check(self) -> None:
+        if self.max_tokens is not None and self.builder is BuilderName.polar_splice:
+            fail("--max-tokens: polar-splice does not split; leave out one of the two")
+
+
+def reconstruct(
+    store: StoreOption,
+    rollout: RolloutOption = None,
+    builder: BuilderOption = BuilderName.forest,
+    max_tokens: MaxOption = None,
+    write: Annotated[
+        bool,
+        typer.Option(
+            "--write", help="Keep them in the store: tables trajectories, builds. Not while a capture runs."
+        ),
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
     """Rebuild trajectories; account for every sampled token.
 
     A sampled token is trained, masked (on another branch already, or not the
     task's own work) or quarantined (its call or its rollout cannot be trusted).
-    Reasons are counted in tokens. Exit code 1 if the account does not add up.
+    Reasons are counted in tokens. A second table says how many calls began
+    with the exact ids of the call they continue, and why the others did not.
+    Exit code 1 if the account does not add up; then nothing is written.
     """
-    from polar_mitm.reconstruct import build
-
-    reports: list[tuple[str, int, BuildReport]] = []
-    for each, found in _rollouts(store, rollout, "reconstructing"):
-        trajectories, report = build(found, rollout=each)
-        reports.append((each.rollout_id, len(trajectories), report))
-    adds_up = all(report.adds_up for _, _, report in reports)
+    how = _How(builder, max_tokens)
+    how.check()
+    reports = _write(store, rollout, how) if write else [r for r, _ in _built(store, rollout, how)]
+    adds_up = all(report.adds_up for report in reports)
     if json:
-        listed = [{"rollout_id": i, "num_trajectories": n, "report": r} for i, n, r in reports]
-        print_json({"adds_up": adds_up, "accounting": account(r for _, _, r in reports), "rollouts": listed})
-    else:
-        rows = [
-            (short(i), n, r.num_calls, r.sampled, r.trained, r.num_masked, r.num_quarantined, reasons(r))
-            for i, n, r in reports
+        listed = [
+            {"rollout_id": r.rollout_id, "num_trajectories": r.num_trajectories, "report": r} for r in reports
         ]
-        print_table("rollout,trajectories,calls,sampled,trained,masked,quarantined,reasons", rows)
-        totals = account(r for _, _, r in reports)
-        num_built = plural(sum(n for _, n, _ in reports), "trajectory", "trajectories")
-        tell(
-            f"{num_built}; {totals['sampled']} sampled {'=' if adds_up else '!='} "
-            f"{totals['trained']} trained + {totals['masked']} masked + {totals['quarantined']} quarantined"
-        )
+        summary = {
+            "adds_up": adds_up,
+            "builder": builder,
+            "written": write and adds_up,
+            "accounting": account(reports),
+            "mismatched": sum(r.mismatched for r in reports),
+            "num_continued": sum(r.num_continued for r in reports),
+            "fallbacks": fallbacks(reports),
+        }
+        print_json(summary | {"rollouts": listed})
+    else:
+        _tell(reports, adds_up)
+        if write and adds_up:
+            say(f"written to {store}: SELECT * FROM trajectories WHERE builder = '{builder}'")
     if not adds_up:
         say("the account does not add up: some sampled token is lost, or counted twice", style="red")
         raise typer.Exit(NO)
@@ -70,28 +112,35 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The Parquet file to write.")],
     what: Annotated[What, typer.Option(help="One row per trajectory, or per call.")] = What.trajectories,
     rollout: RolloutOption = None,
+    builder: BuilderOption = BuilderName.forest,
+    max_tokens: MaxOption = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Write trajectories or calls to a Parquet file.
 
-    Trajectories have token ids, loss mask and behaviour logprobs. The file
-    appears when it is whole; its schema's metadata describes the columns.
+    Trajectories have token ids, loss mask, behaviour logprobs, policy versions,
+    and spans that say which call each token comes from and why it is masked.
+    The file appears when it is whole; its schema's metadata describes the
+    columns. Rollouts in which nothing can be trusted have no trajectory.
     """
     from polar_mitm.export import export_calls, export_trajectories
-    from polar_mitm.reconstruct import build
 
+    how = _How(builder, max_tokens)
+    how.check()
     if out.is_dir():
         fail(f"--out takes a file, and {out} is a directory")
     if not out.absolute().parent.is_dir():
         fail(f"--out: there is no directory {out.absolute().parent}")
-    found = _rollouts(store, rollout, f"exporting {what}")
     try:
         if what is What.calls:
-            num_rows = export_calls((c for _, calls in found for c in calls), out, force=force)
+            with reading(store) as reader:
+                rollouts = counted(chosen(reader, rollout), "exporting calls")
+                calls = (call for each in rollouts for call in reader.calls(each.rollout_id))
+                num_rows = export_calls(calls, out, force=force)
         else:
-            built = (t for each, calls in found for t in build(calls, rollout=each)[0])
-            num_rows = export_trajectories(built, out, force=force)
+            built = (t for _, trajectories in _built(store, rollout, how) for t in trajectories)
+            num_rows = export_trajectories(built, out, builder=builder.value, force=force)
     except FileExistsError:
         fail(f"{out} exists: --force overwrites it")
     except OSError as error:
@@ -118,7 +167,85 @@ def reasons(report: BuildReport) -> str:
     return ", ".join(f"{why} {n}" for part in (report.masked, report.quarantined) for why, n in part.items())
 
 
-def _rollouts(store: Path, rollout: str | None, text: str) -> Iterator[tuple[Rollout, list[ModelCall]]]:
+def fallbacks(reports: Iterable[BuildReport]) -> dict[str, int]:
+    """Why calls were rendered anew, each reason with its number of calls, the most frequent first."""
+    return dict(sum((Counter(r.fallbacks) for r in reports), Counter()).most_common())
+
+
+def _tell(reports: Sequence[BuildReport], adds_up: bool) -> None:
+    print_table(
+        "rollout,trajectories,calls,sampled,trained,masked,quarantined,reasons",
+        [
+            (
+                short(r.rollout_id),
+                r.num_trajectories,
+                r.num_calls,
+                r.sampled,
+                r.trained,
+                r.num_masked,
+                r.num_quarantined,
+                reasons(r),
+            )
+            for r in reports
+        ],
+    )
+    if any(r.num_continued or r.fallbacks for r in reports):
+        tell()
+        rows = [
+            (
+                short(r.rollout_id),
+                r.num_continued,
+                sum(r.fallbacks.values()),
+                ", ".join(f"{why} {n}" for why, n in fallbacks([r]).items()),
+            )
+            for r in reports
+        ]
+        print_table("rollout,exact,rendered anew,why", rows)
+        tell()
+    totals, num_built = account(reports), sum(r.num_trajectories for r in reports)
+    tell(
+        f"{plural(num_built, 'trajectory', 'trajectories')}; {totals['sampled']} sampled "
+        f"{'=' if adds_up else '!='} {totals['trained']} trained + {totals['masked']} masked + "
+        f"{totals['quarantined']} quarantined"
+    )
+    if mismatched := sum(r.mismatched for r in reports):
+        say(f"{plural(mismatched, 'trained token')} under another context than sampled under", style="yellow")
+
+
+def _built(store: Path, rollout: str | None, how: _How) -> Iterator[tuple[BuildReport, Sequence[Trajectory]]]:
     with reading(store) as reader:
-        for each in counted(chosen(reader, rollout), text):
-            yield each, reader.calls(each.rollout_id)
+        for _, report, trajectories in _build(reader, chosen(reader, rollout), how):
+            yield report, trajectories
+
+
+def _write(store: Path, rollout: str | None, how: _How) -> list[BuildReport]:
+    """The accounts of what is in the store now; where one does not add up, it is as it was."""
+    from polar_mitm.store.offline import writing
+    from polar_mitm.store.trajectories import TrajectoryWriter
+
+    with reading(store) as reader:
+        rollouts = chosen(reader, rollout)
+    reports = []
+    with writing(store) as changes:
+        writer = TrajectoryWriter(changes, how.builder.value, [each.rollout_id for each in rollouts])
+        for each, report, trajectories in _build(changes, rollouts, how):
+            writer.write(each.rollout_id, trajectories, report)
+            reports.append(report)
+        writer.flush()
+        if not all(report.adds_up for report in reports):
+            changes.discard()
+    return reports
+
+
+def _build(
+    source: Selects, rollouts: Sequence[Rollout], how: _How
+) -> Iterator[tuple[Rollout, BuildReport, Sequence[Trajectory]]]:
+    from polar_mitm.reconstruct import build
+    from polar_mitm.store.columns import each_rollout
+
+    columns = each_rollout(source, [each.rollout_id for each in rollouts])
+    for each, calls in zip(counted(rollouts, "reconstructing"), columns, strict=True):
+        trajectories, report = build(
+            calls, rollout=each, builder=how.builder.value, max_tokens=how.max_tokens
+        )
+        yield each, report, trajectories

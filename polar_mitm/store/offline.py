@@ -26,6 +26,11 @@ class Changes:
 
     def __init__(self, con: duckdb.DuckDBPyConnection) -> None:
         self.con = con
+        self.discarded = False
+
+    def discard(self) -> None:
+        """Leave the store as it was, whatever has been written."""
+        self.discarded = True
 
     def sql(self, query: str, /) -> pa.Table:
         """The result of a SELECT, changes included. Raises duckdb.Error."""
@@ -58,8 +63,9 @@ def writing(path: Path) -> Iterator[Changes]:
             schema.migrate(con)
             con.execute("BEGIN")
             con.execute(INTERRUPT)
-            yield Changes(con)
-            con.execute("COMMIT")
+            changes = Changes(con)
+            yield changes
+            con.execute("ROLLBACK" if changes.discarded else "COMMIT")
             con.execute("CHECKPOINT store")
         except duckdb.Error as error:
             raise StoreError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
