@@ -63,6 +63,39 @@ def test_a_builder_that_bends_contexts_is_found_out(polar: Polar, tmp_path: Path
     assert "position 11 (call r-call-1): prompt 12, recorded 1012" in done.out
 
 
+def test_one_altered_id_of_a_stored_trajectory_is_found(polar: Polar, copy: Path) -> None:
+    assert polar("reconstruct", "-s", copy, "-r", "rollout-A", "--write").code == 0
+    found = polar("verify", copy, "-r", "rollout-A", "--json").json
+    assert found["sound"] is True
+    assert (found["rollouts"][0]["source"], found["rollouts"][0]["num_trajectories"]) == ("stored", 1)
+    change(copy, """
+        UPDATE trajectory_pages SET token_ids =
+            list_transform(token_ids, lambda v, i: CASE i WHEN 13 THEN 777 ELSE v END)
+    """)  # fmt: skip
+    done = polar("verify", copy, "-r", "rollout-A")
+    assert done.code == 1
+    assert "position 12 (call rollout-A-call-0): completion 777, recorded 13" in done.out
+    assert "position 12 (call rollout-A-call-1): prompt 777, recorded 13" in done.out
+
+
+def test_one_altered_logprob_of_a_stored_trajectory_is_found(polar: Polar, copy: Path) -> None:
+    assert polar("reconstruct", "-s", copy, "-r", "rollout-A", "--write").code == 0
+    change(copy, """
+        UPDATE trajectory_pages SET trained_logprobs =
+            list_transform(trained_logprobs, lambda v, i: CASE i WHEN 2 THEN -0.5 ELSE v END)
+    """)  # fmt: skip
+    done = polar("verify", copy, "-r", "rollout-A")
+    assert done.code == 1
+    assert "position 11 (call rollout-A-call-0): logprob -0.5, recorded -0.25" in done.out
+
+
+def test_a_stored_build_that_lacks_a_trajectory_does_not_add_up(polar: Polar, copy: Path) -> None:
+    assert polar("reconstruct", "-s", copy, "-r", "rollout-A", "--write").code == 0
+    change(copy, "DELETE FROM trajectory_rows")
+    done = polar("verify", copy, "-r", "rollout-A")
+    assert done.code == 1 and "does not add up" in done.out
+
+
 def seals(polar: Polar, path: Path) -> tuple[int, Any]:
     done = polar("verify", path, "-r", "rollout-A", "--seal", "--json")
     return done.code, done.json["seals"]
