@@ -32,7 +32,7 @@ _COLUMNS = """
         policy_version, lineage ->> 'policy_version_last' AS policy_version_last,
         lineage ->> 'replayed_from' AS replayed_from, coalesce(lineage ->> 'tokenizer', '') AS tokenizer,
         coalesce(model_served, '') AS model_served
-    FROM stored_calls WHERE rollout_id IN ({ids})
+    FROM stored_calls WHERE rollout_id IN ({ids}) AND rollout_id BETWEEN {first} AND {last}
 """
 _PLAIN = (
     "started_at", "delivered", "status", "role", "finish_reason", "parent_call_id", "continuation",
@@ -73,7 +73,10 @@ def each_rollout(reader: Selects, rollout_ids: Sequence[str]) -> Iterator[Rollou
 
 
 def _read(reader: Selects, rollout_ids: Sequence[str]) -> Iterator[RolloutColumns]:
-    table = reader.sql(_COLUMNS.format(ids=", ".join(map(quote, rollout_ids)))).combine_chunks()
+    ids = ", ".join(map(quote, rollout_ids))
+    # DuckDB passes over rows out of a range without reading them, over rows not in a list it does not.
+    first, last = quote(min(rollout_ids)), quote(max(rollout_ids))
+    table = reader.sql(_COLUMNS.format(ids=ids, first=first, last=last)).combine_chunks()
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, rollout_id in enumerate(table["rollout_id"].to_pylist()):
         rows_of[rollout_id].append(row)
