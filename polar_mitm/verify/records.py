@@ -65,6 +65,11 @@ class Sampled:
     constrained: bool
     num_sampled: int
 
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """[P + C]"""
+        return np.concatenate([self.prompt_ids, self.completion_ids])
+
 
 class _Asked(Struct):
     """What of an engine's request body has it sample under a grammar."""
