@@ -44,15 +44,16 @@ def grow(columns: RolloutColumns, tokens: Tokens, admitted: Sequence[int]) -> Fo
 
 def _plant(tokens: Tokens) -> tuple[Trie, list[int], list[int]]:
     """The trie of all whole calls, and by row the nodes where their prompts and their completions end."""
-    trie = Trie(tokens.flat)
+    trie = Trie()
     prompts = [ROOT] * len(tokens.base)
     ends = [ROOT] * len(tokens.base)
-    suffix_at, completion_at = tokens.suffix_at, tokens.completion_at
+    suffix, suffix_at = tokens.suffix, tokens.suffix_at
+    completion, completion_at = tokens.completion, tokens.completion_at
     for row in tokens.order:
         base = tokens.base[row]
         node = ROOT if base == NO_BASE else trie.above(ends[base], tokens.shared[row])
-        node = prompts[row] = trie.insert(node, suffix_at[row], suffix_at[row + 1])
-        ends[row] = trie.insert(node, completion_at[row], completion_at[row + 1])
+        node = prompts[row] = trie.insert(node, suffix, suffix_at[row], suffix_at[row + 1])
+        ends[row] = trie.insert(node, completion, completion_at[row], completion_at[row + 1])
     return trie, prompts, ends
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,7 @@ def examine(columns: RolloutColumns, tokens: Tokens, *, incomplete: bool) -> dic
     wrong_count = (reported != 0) & (reported != num_sampled)
     keep_out(_where((columns.logprobs.lengths != num_sampled) | wrong_count), "length_mismatch")
     keep_out(_rows_with_bad_logprobs(columns.logprobs), "bad_logprob")
-    if tokens.flat.min(initial=0) < 0:
+    if min(_own(columns.suffix).min(initial=0), _own(columns.completion).min(initial=0)) < 0:
         keep_out((row for row in tokens.order if (tokens.ids(row) < 0).any()), "bad_token_id")
 
     admitted = [row for row in range(len(columns)) if row not in kept_out]
@@ -61,12 +62,15 @@ def _where(flags: NDArray[np.bool_]) -> list[int]:
     return rows
 
 
+def _own(lists: Lists) -> NDArray[Any]:
+    return lists.values[lists.offsets[0] : lists.offsets[-1]]
+
+
 def _rows_with_bad_logprobs(logprobs: Lists) -> list[int]:
-    first, last = int(logprobs.offsets[0]), int(logprobs.offsets[-1])
-    values = logprobs.values[first:last]
+    values = _own(logprobs)
     # With a NaN in it, neither comparison holds.
     if values.max(initial=-1.0) <= 0.0 and values.min(initial=0.0) > _VLLM_LOGPROB_FLOOR:
         return []
     fine = (values > _VLLM_LOGPROB_FLOOR) & (values <= 0.0)
-    at = logprobs.offsets - first
+    at = logprobs.offsets - logprobs.offsets[0]
     return [row for row in range(at.size - 1) if not fine[at[row] : at[row + 1]].all()]

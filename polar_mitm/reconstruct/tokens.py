@@ -11,25 +11,21 @@ from polar_mitm.columns import NO_BASE, RolloutColumns
 class Tokens:
     """N calls' ids. All lists are by row of `columns`.
 
-    `flat` int32 holds every suffix and every completion once, at `suffix_at` and `completion_at`.
-    `num_prompt` P and `num_ids` P + C count a call's ids. `order` lists the rows whose prompt is whole, each
-    after the row that it is stored on top of; the others stand on a call that is missing, too short, or on
-    themselves.
+    A call's own ids are `suffix[suffix_at[row] : suffix_at[row + 1]]`, and likewise `completion`; both int32,
+    and not copied. `num_prompt` P and `num_ids` P + C count a call's ids. `order` lists the rows whose prompt
+    is whole, each after the row that it is stored on top of; the others stand on a call that is missing, too
+    short, or on themselves.
     """
 
     def __init__(self, columns: RolloutColumns) -> None:
-        suffix, completion = columns.suffix, columns.completion
-        first, last = (int(suffix.offsets[i]) for i in (0, -1))
-        start, end = (int(completion.offsets[i]) for i in (0, -1))
-        self.flat: NDArray[np.int32] = np.concatenate(
-            [suffix.values[first:last], completion.values[start:end]], dtype=np.int32
-        )
-        self.suffix_at: list[int] = (suffix.offsets - first).tolist()
-        self.completion_at: list[int] = (completion.offsets + (last - first - start)).tolist()
-        num_prompt = columns.shared + suffix.lengths
+        self.suffix: NDArray[np.int32] = columns.suffix.values
+        self.suffix_at: list[int] = columns.suffix.offsets.tolist()
+        self.completion: NDArray[np.int32] = columns.completion.values
+        self.completion_at: list[int] = columns.completion.offsets.tolist()
+        num_prompt = columns.shared + columns.suffix.lengths
         self.shared: list[int] = columns.shared.tolist()
         self.num_prompt: list[int] = num_prompt.tolist()
-        self.num_ids: list[int] = (num_prompt + completion.lengths).tolist()
+        self.num_ids: list[int] = (num_prompt + columns.completion.lengths).tolist()
         self.base: list[int] = columns.base.tolist()
         self.order = self._order()
 
@@ -51,11 +47,11 @@ class Tokens:
             num_prompt, shared = self.num_prompt[row], self.shared[row]
             if end > num_prompt:
                 at = self.completion_at[row]
-                out[num_prompt:end] = self.flat[at : at + end - num_prompt]
+                out[num_prompt:end] = self.completion[at : at + end - num_prompt]
                 end = num_prompt
             if end > shared:
                 at = self.suffix_at[row]
-                out[shared:end] = self.flat[at : at + end - shared]
+                out[shared:end] = self.suffix[at : at + end - shared]
                 end = shared
             row = self.base[row]
         return out

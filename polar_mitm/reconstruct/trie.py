@@ -1,4 +1,4 @@
-"""A radix trie over token ids whose edges are slices of one array, so that no token is copied.
+"""A radix trie over token ids whose edges are slices of the callers' arrays: no token is copied.
 
 Each node ends an edge and stands for all ids from the root to that end. Work is linear in the ids that are
 inserted; what a call shares with the one it is stored on top of is skipped, not read again.
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROOT = 0
+_Ids = NDArray[np.int32]
 
 
 class Trie:
@@ -17,27 +18,27 @@ class Trie:
     above. Where an edge is split, the new node is the upper one: a node keeps the ids that it stands for.
     """
 
-    def __init__(self, flat: NDArray[np.int32]) -> None:
-        self._flat = flat
+    def __init__(self) -> None:
         self.parent = [-1]
         self.depth = [0]
-        self._start = [0]  # of the node's edge in `flat`
+        self._ids: list[_Ids] = [np.empty(0, np.int32)]  # where the ids of the node's edge lie
+        self._start = [0]  # ... and from where on
         self._level = [0]
         self._jump = [ROOT]  # some node above, so chosen that climbing takes logarithmic time
         self._child: dict[tuple[int, int], int] = {}  # by the upper node and the first id of the edge
 
-    def insert(self, node: int, start: int, end: int) -> int:
-        """The node for `node`'s ids and then `flat[start:end]`."""
-        flat = self._flat
+    def insert(self, node: int, ids: _Ids, start: int, end: int) -> int:
+        """The node for `node`'s ids and then `ids[start:end]`."""
         while start < end:
-            key = node, int(flat[start])
+            key = node, int(ids[start])
             child = self._child.get(key)
             if child is None:
-                child = self._add(node, self.depth[node] + end - start, start)
+                child = self._add(node, self.depth[node] + end - start, ids, start)
                 self._child[key] = child
                 return child
             length = self.depth[child] - self.depth[node]
-            shared = _common(flat, self._start[child], start, min(length, end - start))
+            first, most = self._start[child], min(length, end - start)
+            shared = _common(self._ids[child][first : first + most], ids[start : start + most])
             if shared < length:
                 child = self._split(child, self.depth[node] + shared)
             node = child
@@ -56,7 +57,7 @@ class Trie:
                 return self._split(node, depth)
         return node
 
-    def _add(self, parent: int, depth: int, start: int) -> int:
+    def _add(self, parent: int, depth: int, ids: _Ids, start: int) -> int:
         jump = self._jump[parent]
         far = self._jump[jump]
         level = self._level
@@ -65,23 +66,24 @@ class Trie:
         level.append(level[parent] + 1)
         self.parent.append(parent)
         self.depth.append(depth)
+        self._ids.append(ids)
         self._start.append(start)
         return len(self.parent) - 1
 
     def _split(self, child: int, depth: int) -> int:
         """A new node at `depth`, inside the edge that ends at `child`."""
-        parent, start = self.parent[child], self._start[child]
-        middle = self._add(parent, depth, start)
+        parent, ids, start = self.parent[child], self._ids[child], self._start[child]
+        middle = self._add(parent, depth, ids, start)
         below = start + depth - self.depth[parent]
-        self._child[parent, int(self._flat[start])] = middle
-        self._child[middle, int(self._flat[below])] = child
+        self._child[parent, int(ids[start])] = middle
+        self._child[middle, int(ids[below])] = child
         self.parent[child] = middle
         self._start[child] = below
         return middle
 
 
-def _common(flat: NDArray[np.int32], a: int, b: int, length: int) -> int:
-    """How many of the `length` ids at `a` and at `b` are equal before the first that is not."""
-    differ = flat[a : a + length] != flat[b : b + length]
+def _common(a: _Ids, b: _Ids) -> int:
+    """How many ids of two equally long arrays are equal before the first that is not."""
+    differ = a != b
     first = int(differ.argmax())
-    return first if differ[first] else length
+    return first if differ[first] else a.size

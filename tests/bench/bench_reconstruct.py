@@ -131,7 +131,7 @@ def _arrow(lists: Lists) -> pa.ListArray:
 
 
 def num_new(columns: RolloutColumns) -> int:
-    return columns.suffix.values.size + columns.completion.values.size
+    return int(columns.suffix.lengths.sum() + columns.completion.lengths.sum())
 
 
 def rebuild(columns: RolloutColumns) -> int:
