@@ -37,7 +37,13 @@ _MANAGED = "managed"
 
 
 def verify(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="The DuckDB file of a capture.")],
+    store: Annotated[
+        Path | None, typer.Argument(metavar="STORE", help="The DuckDB file of a capture.")
+    ] = None,
+    named: Annotated[
+        Path | None,
+        typer.Option("--store", "-s", metavar="FILE", help="The same, as other commands take it."),
+    ] = None,
     rollout: RolloutOption = None,
     engine: Annotated[
         str | None,
@@ -77,9 +83,9 @@ def verify(
     """
     if engine and model:
         fail("--engine or --model, not both")
-    if not store.is_file():
-        fail(f"there is no store {store}")
-    with reading(store) as reader:
+    if (store is None) == (named is None):
+        fail("name the store once: polar-mitm verify STORE")
+    with reading(store or named or Path()) as reader:
         rollouts = chosen(reader, rollout)
         info = probed(None if engine == _MANAGED else engine) if engine else None
         held = weights or _held(reader, rollouts, info, model)

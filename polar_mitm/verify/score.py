@@ -66,6 +66,7 @@ async def _score(examination: Examination, path: Path, spans: list[Span], scorer
 
 
 def _ended(done: set[asyncio.Task[None]]) -> int:
-    for task in done:
-        task.result()
+    errors = [error for task in done if (error := task.exception()) is not None]
+    if errors:
+        raise errors[0]
     return len(done)

@@ -34,6 +34,11 @@ def test_contexts_and_the_account(polar: Polar, store: Path) -> None:
     assert "rollout-A" in done.out and "rollout-B" in done.out
 
 
+def test_the_store_may_be_named_as_elsewhere(polar: Polar, store: Path) -> None:
+    assert polar("verify", "-s", store).out == polar("verify", store).out
+    assert polar("verify", store, "-s", store).code == polar("verify").code == 2
+
+
 def test_one_document(polar: Polar, store: Path) -> None:
     found = polar("verify", store, "--rollout", "rollout-A", "--json").json
     assert found["sound"] is True
