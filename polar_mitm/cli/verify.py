@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -91,9 +91,10 @@ def verify(
         held = weights or _held(reader, rollouts, info, model)
         seals = _check_seals(reader, rollouts) if seal else []
         scoring = _scorer(info, model, dtype)
+        options = {"weights": held, "tokenizer": info.tokenizer if info else "", "tolerance": tolerance}
         found = Found(
             builder=builder,
-            reports=loop.run(_verify(reader, rollouts, builder.value, scoring, held, tolerance)),
+            reports=loop.run(_verify(reader, rollouts, builder.value, scoring, options)),
             seals=seals,
             scored=bool(engine or model),
             weights=held,
@@ -112,10 +113,9 @@ async def _verify(
     rollouts: list[Rollout],
     builder: Builder,
     scoring: AbstractAsyncContextManager[Scorer | None],
-    held: str | None,
-    tolerance: float,
+    options: dict[str, Any],
 ) -> list[tuple[Source, RolloutReport]]:
-    """One rollout in memory at a time."""
+    """One rollout in memory at a time; `options` are those of `Examination`."""
     from polar_mitm.verify import Examination, sampled, score
 
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
@@ -126,9 +126,7 @@ async def _verify(
             for number, each in enumerate(rollouts, 1):
                 calls = reader.calls(each.rollout_id, wire=scorer is not None)
                 given = trajectories_of(reader, each, calls, builder)
-                examination = Examination(
-                    each.rollout_id, map(sampled, calls), weights=held, tolerance=tolerance
-                )
+                examination = Examination(each.rollout_id, map(sampled, calls), **options)
                 del calls
                 async for done in score(examination, given.paths, scorer):
                     bar.advance(task, done / given.num_paths)

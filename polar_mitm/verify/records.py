@@ -49,7 +49,8 @@ class Path(Protocol):
 class Sampled:
     """What the engine reported of one call: prompt ids [P], sampled ids [C], their logprobs [C] (nats).
 
-    `weights` names what it was sampled under, None where they changed on the way. `tempered`: not sampled
+    `weights` names what it was sampled under, None where they changed on the way; `tokenizer` is a
+    fingerprint, "" where unknown. `tempered`: not sampled
     from the softmax itself (a temperature other than 1, top-p, top-k), while raw logprobs were recorded.
     `constrained`: sampled under a grammar (a forced tool, a schema), which vLLM masks the logits with before
     it takes even raw logprobs: these are no logprobs of the model's own softmax. `num_sampled` is C, or the
@@ -61,6 +62,7 @@ class Sampled:
     completion_ids: NDArray[np.int64]
     logprobs: NDArray[np.float64]
     weights: str | None
+    tokenizer: str
     tempered: bool
     constrained: bool
     num_sampled: int
@@ -89,6 +91,7 @@ def sampled(call: ModelCall) -> Sampled:
         completion_ids=np.array(call.completion_token_ids, dtype=np.int64),
         logprobs=np.array(call.behaviour_logprobs, dtype=np.float64),
         weights=None if mixed else weights_name(call.model_served, call.policy_version),
+        tokenizer=call.tokenizer,
         tempered=asked.temperature not in (None, 1.0) or asked.top_p not in (None, 1.0) or bool(asked.top_k),
         constrained=_constrained(call.upstream_body),
         num_sampled=max(len(call.completion_token_ids), call.usage.completion_tokens),

@@ -17,6 +17,7 @@ from polar_mitm.verify.records import Path, Sampled, Span
 UnscoredReason = Literal[
     "other_weights",  # sampled under weights that the scorer does not hold
     "mixed_weights",  # the weights changed while it was sampled
+    "other_tokenizer",  # its ids mean something else to the scorer
     "constrained",  # sampled under a grammar: its logprobs are not of the model's own softmax
     "over_window",  # lies beyond what the engine can read in one request
     "refused",  # the scorer would not, or could not, score it: an id out of its vocabulary, say
@@ -104,6 +105,7 @@ class Examination:
         calls: all calls of the rollout.
         weights: what the scorer holds (`weights_name`); calls sampled under others are left out and counted.
             None: whatever the calls were sampled under.
+        tokenizer: the scorer's, likewise; "" where unknown.
         tolerance: a token whose |drift| in nats is greater is an outlier.
     """
 
@@ -113,9 +115,11 @@ class Examination:
         calls: Iterable[Sampled],
         *,
         weights: str | None = None,
+        tokenizer: str = "",
         tolerance: float = np.inf,
     ) -> None:
-        self._rollout_id, self._weights, self._tolerance = rollout_id, weights, tolerance
+        self._rollout_id, self._tolerance = rollout_id, tolerance
+        self._weights, self._tokenizer = weights, tokenizer
         self._calls = {call.call_id: call for call in calls}
         self._seen: set[str] = set()
         self._trained: set[str] = set()
@@ -190,6 +194,8 @@ class Examination:
             return "mixed_weights"
         if self._weights not in (None, call.weights):
             return "other_weights"
+        if "" not in (self._tokenizer, call.tokenizer) and self._tokenizer != call.tokenizer:
+            return "other_tokenizer"
         return "constrained" if call.constrained else None
 
     def _outlier(self, path: Path, span: Span, scored: NDArray[np.float64], call: Sampled) -> Outlier | None:

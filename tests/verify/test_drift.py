@@ -110,6 +110,13 @@ async def test_another_model_of_the_same_version_has_other_weights() -> None:
     assert report.unscored == {"other_weights": 4} and not report.calls
 
 
+@pytest.mark.parametrize(("its", "ours", "same"), [("a", "a", True), ("a", "b", False), ("", "b", True)])
+async def test_another_tokenizer_is_named(its: str, ours: str, same: bool) -> None:
+    calls = conversation(1, tokenizer=its)
+    report = await verified(calls, scorer=recorded(calls), weights=WEIGHTS, tokenizer=ours)
+    assert report.unscored == ({} if same else {"other_tokenizer": 4})
+
+
 async def test_weights_that_changed_inside_a_call_are_named() -> None:
     calls = conversation(2)
     calls[1] = msgspec.structs.replace(calls[1], policy_version_last="v2")
