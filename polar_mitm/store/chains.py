@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from polar_mitm.errors import StoreError
 from polar_mitm.store.bodies import NO_BASE, Base
 from polar_mitm.token_ids import TokenIds
 
@@ -114,13 +115,14 @@ class Tips:
 
 @dataclass(slots=True)
 class Link:
-    """One call's tokens as stored."""
+    """One call's tokens as stored. `num_records` of them claim to be this call."""
 
     parent_id: str | None
     shared: int
     suffix: list[int]
     completion: list[int]
     logprobs: list[float]
+    num_records: int = 1
 
 
 def common_prefix(a: bytes, b: bytes) -> int:
@@ -144,14 +146,22 @@ def whole_prompt(call_id: str, links: Mapping[str, Link], done: dict[str, list[i
     """The prompt [P] of a call; `done` keeps the prompts met on the way for the next call.
 
     `links` holds the call and everything that it is stored on top of.
+
+    Raises:
+        StoreError: the store has lost some of it; the message names the call.
     """
-    chain, node = [], call_id
+    chain: list[str] = []
+    node = call_id
     while node not in done:
+        link = links.get(node)
+        if link is None or len(chain) > len(links):
+            raise StoreError(f"call {call_id} has no prompt: call {node}, on top of which it is, is lost")
+        if link.num_records > 1:
+            raise StoreError(f"call {call_id} has no prompt: {link.num_records} records claim to be {node}")
         chain.append(node)
-        parent = links[node].parent_id
-        if parent is None:
+        if link.parent_id is None:
             break
-        node = parent
+        node = link.parent_id
     for node in reversed(chain):
         link = links[node]
         if link.parent_id is None:
@@ -160,5 +170,7 @@ def whole_prompt(call_id: str, links: Mapping[str, Link], done: dict[str, list[i
         prompt = done[link.parent_id]
         head = prompt[: link.shared]
         head += links[link.parent_id].completion[: link.shared - len(head)]
+        if len(head) != link.shared:
+            raise StoreError(f"call {call_id} has no prompt: call {link.parent_id} is shorter than it was")
         done[node] = head + link.suffix
     return done[call_id]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 import duckdb
 import msgspec
 
+from polar_mitm.errors import StoreError
 from polar_mitm.store import rows
 from polar_mitm.store.bodies import NO_BASE, Base, Packer
 from polar_mitm.store.chains import Tip, Tips, checked, ids_text, num_ids, whole_prompt
@@ -96,7 +98,8 @@ class CallPacker:
             links = rows.links_of(self._con.execute(rows.links_sql(rollout_id)).to_arrow_table())
             done: dict[str, list[int]] = {}
             for call_id in list(links)[-_RESTORED_CALLS:]:
-                if prompt := whole_prompt(call_id, links, done):
-                    ids = prompt + links[call_id].completion
-                    tips.append(Tip(call_id, ids_text(ids), len(ids)))
+                with suppress(StoreError):  # where the store has holes, what comes stands on its own
+                    if prompt := whole_prompt(call_id, links, done):
+                        ids = prompt + links[call_id].completion
+                        tips.append(Tip(call_id, ids_text(ids), len(ids)))
         self._tips.restore(rollout_id, tips)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
+import msgspec
 import pyarrow as pa
+import zstandard
 
 from polar_mitm.errors import StoreError
 from polar_mitm.store import rows, schema, share
@@ -241,7 +244,10 @@ class StoreReader:
             raise StoreError(str(error)) from error
         self.close()  # the recorder has ended: the store is at its file now, or with the next one
         self.connect()
-        return self._source.select(query)
+        try:
+            return self._source.select(query)
+        except duckdb.Error as error:
+            raise StoreError(f"{self.path} cannot be read: {error}") from error
 
     def _calls(self, rest: str) -> list[ModelCall]:
         found = self._select(f"SELECT {', '.join(rows.CALL)}, lineage FROM stored_calls{rest}")
@@ -259,23 +265,31 @@ class StoreReader:
             call.behaviour_logprobs = links[call.call_id].logprobs
 
     def _add_wire(self, calls: list[ModelCall], query: str) -> None:
-        stored = {row["call_id"]: row for row in self._select(query).to_pylist()}
+        found = {row["call_id"]: row for row in self._select(query).to_pylist()}
+        stored = dict(found)
         done: dict[str, tuple[bytes, bytes]] = {}
 
         def bodies(call_id: str | None) -> tuple[bytes, bytes]:
             if call_id is None:
                 return b"", b""
             if call_id not in done:
-                row = stored[call_id]
+                row = stored.pop(call_id)  # a chain that comes back to itself has lost its end
                 request, upstream = bodies(row["body_base_id"])
                 done[call_id] = unpack(row["request_body"], request), unpack(row["upstream_body"], upstream)
             return done[call_id]
 
         for call in calls:
-            row = stored[call.call_id]
-            request, call.upstream_body = bodies(call.call_id)
-            call.wire = rows.wire_of(row, request, unpack(row["response_body"]))
-            call.answer = rows.answer_of(unpack(row["answer"] or b""))
+            row = found[call.call_id]
+            try:
+                request, call.upstream_body = bodies(call.call_id)
+                call.wire = rows.wire_of(row, request, unpack(row["response_body"]))
+                call.answer = rows.answer_of(unpack(row["answer"] or b""))
+            except KeyError as error:
+                raise StoreError(
+                    f"call {call.call_id} has no bodies: call {error}, on top of which they are, is lost"
+                ) from None
+            except (msgspec.MsgspecError, zstandard.ZstdError, struct.error, TypeError) as error:
+                raise StoreError(f"the bodies of call {call.call_id} are damaged: {error}") from None
 
 
 def _where(rollout_id: str | None) -> str:

@@ -11,6 +11,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.dataset  # DuckDB needs it at its first scan, when a capture is about to start
 
+from polar_mitm.errors import StoreError
 from polar_mitm.store.chains import Link
 from polar_mitm.store.redact import redact_body, redact_headers, redact_path
 from polar_mitm.types import (
@@ -87,6 +88,7 @@ KILLED_INCOMPLETE = "the capture ended before the rollout did"
 
 _LOGGED = (*CALL, *WIRE, *TOKENS, *LINEAGE)
 _CALL_FIELDS = frozenset(ModelCall.__struct_fields__)
+_JSON_FIELDS = {"sampling_requested": Sampling, "sampling": Sampling, "notes": list[str], "usage": Usage}
 _json = msgspec.json.Encoder()
 
 
@@ -239,15 +241,22 @@ class Source:
 
 
 def call_of(row: Mapping[str, Any]) -> ModelCall:
-    """The call of a row of `stored_calls`, without tokens, wire and answer."""
+    """The call of a row of `stored_calls`, without tokens, wire and answer.
+
+    Raises:
+        StoreError: the row is damaged, or of a later version.
+    """
     fields = {name: row[name] for name in CALL if name in _CALL_FIELDS}
-    fields["sampling_requested"] = msgspec.json.decode(row["sampling_requested"], type=Sampling)
-    fields["sampling"] = msgspec.json.decode(row["sampling"], type=Sampling)
-    fields["notes"] = msgspec.json.decode(row["notes"], type=list[str])
-    fields["usage"] = msgspec.json.decode(row["usage"], type=Usage)
-    if row["lineage"]:
-        fields |= msgspec.structs.asdict(msgspec.json.decode(row["lineage"], type=_Lineage))
-    return ModelCall(**fields)
+    try:
+        for name, kind in _JSON_FIELDS.items():
+            fields[name] = msgspec.json.decode(row[name], type=kind)
+        if row["lineage"]:
+            fields |= msgspec.structs.asdict(msgspec.json.decode(row["lineage"], type=_Lineage))
+        return msgspec.convert(fields, ModelCall)
+    except (msgspec.MsgspecError, TypeError) as error:
+        raise StoreError(
+            f"the record of call {row['call_id']} is damaged, or a later version's: {error}"
+        ) from None
 
 
 def wire_of(row: Mapping[str, Any], request_body: bytes, response_body: bytes) -> Wire:
@@ -283,7 +292,13 @@ def links_of(found: pa.Table) -> dict[str, Link]:
     columns += [
         lists(found[name]) for name in ("prompt_suffix", "completion_token_ids", "behaviour_logprobs")
     ]
-    return {call_id: Link(*rest) for call_id, *rest in zip(*columns, strict=True)}
+    links: dict[str, Link] = {}
+    for call_id, *rest in zip(*columns, strict=True):
+        if call_id in links:
+            links[call_id].num_records += 1
+        else:
+            links[call_id] = Link(*rest)
+    return links
 
 
 def quote(text: str) -> str:

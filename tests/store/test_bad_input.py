@@ -1,0 +1,173 @@
+"""Stores with holes, doubles, damage: named and refused, or quarantined; never a traceback, never a guess."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from polar_mitm.errors import StoreError
+from polar_mitm.reconstruct import build
+from polar_mitm.store import Recorder, StoreReader, open_reader
+from polar_mitm.store.columns import each_rollout, rollout_columns
+from polar_mitm.store.seal import verify_seal
+from polar_mitm.types import Message, Rollout, TextPart, Wire
+from tests.store.calls import call, conversation
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "s.duckdb"
+    calls = conversation(5)
+    for each in calls:
+        body = b'{"messages": "%s"}' % (b"word " * 50 * (each.seq + 1))
+        each.wire = Wire("POST", "h", "/p", [("a", "b")], body, 200, [], b"the answer")
+        each.upstream_body = body[::-1]
+        each.answer = Message("assistant", [TextPart("hi")])
+        each.delivered = True
+    with Recorder(path, share=False) as recorder:
+        recorder.rollout(Rollout("r1", status="completed"))
+        assert all(recorder.call(c).result() for c in calls)
+    return path
+
+
+@pytest.fixture
+def path(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(whole, tmp_path / "s.duckdb"))
+
+
+def damage(path: Path, sql: str) -> None:
+    with duckdb.connect(str(path)) as con:
+        con.execute(sql)
+
+
+def everything(reader: StoreReader) -> None:
+    """Each way to read a store."""
+    rollouts = reader.rollouts()
+    for columns, rollout in zip(each_rollout(reader, ["r1"]), rollouts, strict=False):
+        list(build(columns, rollout=rollout)[0])
+    reader.calls(wire=True)
+    verify_seal(reader, "r1")
+    reader.sql("FROM calls")
+
+
+@pytest.mark.parametrize(
+    "sql, told",
+    [
+        ("DELETE FROM call_rows WHERE call_id = 'c0001'", "call c0002 has no prompt: call c0001, .* is lost"),
+        ("INSERT INTO call_rows FROM call_rows WHERE call_id = 'c0001'", "2 records claim to be c0001"),
+        ("UPDATE call_rows SET prompt_parent_id = 'c0004' WHERE call_id = 'c0001'", "is lost"),
+        ("UPDATE call_rows SET prompt_parent_id = call_id WHERE call_id = 'c0001'", "c0001 .* is lost"),
+        (
+            "UPDATE call_rows SET completion_token_ids = [] WHERE call_id = 'c0001'",
+            "c0001 is shorter",
+        ),
+        ("UPDATE call_rows SET usage = '{' WHERE call_id = 'c0001'", "record of call c0001 is damaged"),
+        ("UPDATE call_rows SET notes = NULL WHERE call_id = 'c0001'", "record of call c0001 is damaged"),
+        (
+            "UPDATE call_rows SET status = 'paused' WHERE call_id = 'c0001'",
+            "c0001 is damaged, or a later version's",
+        ),
+        (
+            "UPDATE call_rows SET lineage = '{\"continuation\": \"mended\"}' WHERE call_id = 'c0001'",
+            "c0001 is damaged, or a later version's: Invalid enum value 'mended'",
+        ),
+    ],
+)
+def test_calls_that_cannot_be_told_are_named(path: Path, sql: str, told: str) -> None:
+    damage(path, sql)
+    with open_reader(path) as reader, pytest.raises(StoreError, match=told):
+        reader.calls()
+
+
+@pytest.mark.parametrize(
+    "sql, told",
+    [
+        ("UPDATE call_rows SET body_base_id = 'gone' WHERE call_id = 'c0002'", "c0002 .* 'gone', .* is lost"),
+        ("UPDATE call_rows SET body_base_id = 'c0004' WHERE call_id = 'c0001'", "is lost"),
+        (
+            "UPDATE call_rows SET request_body = 'xx' WHERE call_id = 'c0002'",
+            "bodies of call c0002 are damaged",
+        ),
+        ("UPDATE call_rows SET response_body = '0123456789abc' WHERE call_id = 'c0002'", "of call c0002 are"),
+        (
+            "UPDATE call_rows SET answer = answer[:20] WHERE call_id = 'c0002'",
+            "bodies of call c0002 are damaged",
+        ),
+        ("UPDATE call_rows SET http = '[]' WHERE call_id = 'c0002'", "bodies of call c0002 are damaged"),
+        ("UPDATE call_rows SET pacing = NULL WHERE call_id = 'c0002'", "bodies of call c0002 are damaged"),
+    ],
+)
+def test_bodies_that_cannot_be_told_are_named(path: Path, sql: str, told: str) -> None:
+    damage(path, sql)
+    with open_reader(path) as reader:
+        assert len(reader.calls()) == 5
+        with pytest.raises(StoreError, match=told):
+            reader.calls(wire=True)
+
+
+@pytest.mark.parametrize(
+    "sql, reasons",
+    [
+        ("DELETE FROM call_rows WHERE call_id = 'c0001'", {"c0002": "lost_prefix"}),
+        (
+            "INSERT INTO call_rows FROM call_rows WHERE call_id = 'c0004'",
+            {"c0004": "duplicate_call_id"},
+        ),
+    ],
+)
+def test_reconstruction_quarantines_and_goes_on(path: Path, sql: str, reasons: dict[str, str]) -> None:
+    damage(path, sql)
+    with open_reader(path) as reader:
+        trajectories, report = build(rollout_columns(reader, "r1"), rollout=reader.rollouts()[0])
+    assert report.adds_up and report.num_quarantined > 0
+    assert reasons.items() <= dict(report.quarantined_calls).items()
+    assert all(span.call_id not in reasons for t in trajectories for span in t.spans)
+
+
+def test_a_capture_goes_on_in_a_store_with_holes(path: Path) -> None:
+    damage(path, "DELETE FROM call_rows WHERE call_id = 'c0001'")
+    more = call("more", list(range(60)), [1, 2], seq=9, started_at=99.0)
+    with Recorder(path, share=False) as recorder:
+        assert recorder.call(more).result() and recorder.incomplete("r1") is None
+    with open_reader(path) as reader:
+        assert reader.prompt("more") == more.prompt_token_ids
+
+
+def flip(data: bytearray, chance: random.Random) -> None:
+    data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+
+
+def cut(data: bytearray, chance: random.Random) -> None:
+    del data[chance.randrange(len(data)) :]
+
+
+def blank(data: bytearray, chance: random.Random) -> None:
+    at = chance.randrange(len(data))
+    data[at : at + 4096] = bytes(len(data[at : at + 4096]))
+
+
+@pytest.mark.parametrize("harm", [flip, cut, blank])
+def test_a_damaged_file_is_an_error_that_names_it(
+    path: Path, harm: Callable[[bytearray, random.Random], None]
+) -> None:
+    """Where the damage hits nothing that is read, all of it is as it was."""
+    original, chance, refused = path.read_bytes(), random.Random(0), 0
+    with open_reader(path) as reader:
+        before = reader.calls(wire=True)
+    for _ in range(25):
+        data = bytearray(original)
+        harm(data, chance)
+        path.write_bytes(data)
+        try:
+            with open_reader(path) as reader:
+                everything(reader)
+                assert reader.calls(wire=True) == before
+        except StoreError as error:
+            refused += 1
+            assert str(path) in str(error)
+    assert refused > 0
