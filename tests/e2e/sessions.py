@@ -114,3 +114,59 @@ def grammar(request: dict[str, Any]) -> str | None:
         return "[A-Z][a-z]{2,9}( [a-z]{1,9}){2,9}[.]"
     text = "".join(f"\\{c}" if c in r"\.*+?^$|()[]{}" else c for c in byte_tokens.call_text(*call))
     return text.replace("COMMAND", "echo [a-z]{3,9}( [a-z]{3,9}){0,3}")
+
+
+DELEGATE = "Delegate it twice."
+
+
+def delegating(request: dict[str, Any], nth: int) -> Answer:
+    """Two sub-agents are given the very same task at once, and are answered alike."""
+    call = shell_call(request, "echo seen")
+    if is_probe(request) or call is None:
+        return Answer(text="Delegating")
+    turn = num_answered(request)
+    if DELEGATE not in json.dumps([m for m in request["messages"] if m["role"] == "user"]):
+        again = Answer(text=f"Quietly, {turn}.", tool_calls=(call,), chunk_delay_s=0.02)
+        return again if turn < 2 else Answer(text="Seen.")
+    if turn:
+        return Answer(text="Delegated.")
+    tools = {tool["function"]["name"]: tool["function"]["parameters"] for tool in request["tools"]}
+    name, kind = ("Agent", "general-purpose") if "Agent" in tools else ("task", "general")
+    given: dict[str, Any] = {"description": "look", "prompt": "Look around quietly.", "subagent_type": kind}
+    if "run_in_background" in tools[name]["properties"]:
+        given["run_in_background"] = False
+    return Answer(text="Two at once.", tool_calls=((name, json.dumps(given)),) * 2)
+
+
+def garbling(request: dict[str, Any], nth: int) -> Answer:
+    """The second answer's tool call is not JSON, which Pi and opencode rewrite in their history."""
+    call = shell_call(request, "echo ok")
+    if is_probe(request) or call is None:
+        return Answer(text="Garbling")
+    turn = num_answered(request)
+    if turn == 3:
+        return Answer(text="Enough.")
+    arguments = call[1] if turn != 1 else '{"command": "echo oops'
+    return Answer(text=f"Step {turn}.", tool_calls=((call[0], arguments),))
+
+
+class Overflowing:
+    """The window is too small for the fourth request, until a summary takes the place of what was said."""
+
+    def __init__(self) -> None:
+        self._summed_up = False
+
+    def __call__(self, request: dict[str, Any], nth: int) -> Answer:
+        call = shell_call(request, "seq 9")
+        if is_probe(request) or call is None:
+            self._summed_up |= "summarization" in request["messages"][0]["content"]
+            return Answer(text="What was said so far.")
+        turn = num_answered(request)
+        if turn == 3 and not self._summed_up:
+            message = "This model's maximum context length is 9 tokens. However, your request has 10."
+            error = {"message": message, "type": "BadRequestError", "param": "input_tokens", "code": 400}
+            return Answer(status=400, error={"error": error})
+        much = "word " * 3000  # else there is nothing to leave out
+        if turn >= 5:
+            return Answer(text="Enough.")
+        return Answer(text=f"Step {turn} {much}", tool_calls=(call,), tokens_per_chunk=1000)
