@@ -14,8 +14,10 @@ Per harness, continuation and builder:
   in no trajectory (Polar's rule drops what it cannot splice);
 - `positions`, the tokens of these trajectories: what a trainer without prefix sharing computes;
 - `mismatched`: trained tokens whose context is not the one that they were sampled under, counted id for id;
-- with `--model`, how much that changes their logprobs, teacher-forced in torch under both contexts: `max` in
-  nats, and `kl` per trained token (Schulman's k3). Where contexts are equal, both are 0 by definition.
+- with `--model`, what that does to their logprobs, teacher-forced in torch under both contexts: `max` and
+  `mean` of the size of the change in nats, over the mismatched tokens, and `kl`, which is the mean of
+  log p(own context) - log p(this one): Schulman's k1, since his k3 takes e to the power of such changes.
+  Tokens sampled under a grammar bias it; those of `--turns words` do not.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from polar_mitm import engine
@@ -61,13 +63,7 @@ class Row:
     lost: int = 0
     positions: int = 0
     mismatched: int = 0
-    max_drift: float | None = None
-    kl: float | None = None
-
-    def add_drift(self, drift: Drift) -> None:
-        """Over tokens that train now; those that came before had `self.trained` in all."""
-        self.max_drift = max(self.max_drift or 0.0, drift.max)
-        self.kl = (self.kl or 0.0) + (drift.kl or 0.0) * drift.num_kl_tokens
+    drift: Drift = field(default_factory=Drift)
 
 
 async def measure(stores: Sequence[Path], scorer: ProcessScorer | None) -> list[Row]:
@@ -97,10 +93,6 @@ async def measure(stores: Sequence[Path], scorer: ProcessScorer | None) -> list[
                     if mismatched != report.mismatched or not report.adds_up:
                         sys.exit(f"{builder} counts {report.mismatched} mismatched tokens, not {mismatched}")
                     row.mismatched += mismatched
-    for row in rows.values():
-        if scorer is not None:
-            row.max_drift = row.max_drift or 0.0
-            row.kl = (row.kl or 0.0) / row.trained if row.trained else 0.0
     return sorted(rows.values(), key=lambda r: (r.harness, r.continuation))
 
 
@@ -113,7 +105,7 @@ async def compare(path: Trajectory, known: dict[str, Sampled], row: Row, scorer:
         for span in spans:
             exact = await scorer.score(known[span.call_id].ids)
             own = exact[known[span.call_id].prompt_ids.size :]
-            row.add_drift(Drift.of(under_it[span.sampled_start : span.end], own))
+            row.drift += Drift.of(under_it[span.sampled_start : span.end], own)
     return sum(span.end - span.sampled_start for span in spans)
 
 
@@ -176,18 +168,17 @@ async def main(given: argparse.Namespace) -> None:
     if given.json:
         print(json.dumps([asdict(row) for row in rows]))
         return
-    print_table(
-        "harness,continuation,builder,rollouts,calls,trajectories,sampled,trained,lost,positions,mismatched,max,kl",
-        [
-            (
-                row.harness, "yes" if row.continuation else "no", row.builder, row.rollouts, row.calls,
-                row.trajectories, row.sampled, row.trained, row.lost, row.positions,
-                f"{row.mismatched} ({row.mismatched / row.trained:.0%})" if row.mismatched else "0",
-                *("" if value is None else f"{value:.2g}" for value in (row.max_drift, row.kl)),
-            )
-            for row in rows
-        ],
-    )  # fmt: skip
+    columns = "harness,continuation,builder,rollouts,calls,trajectories,sampled,trained,lost,positions"
+    print_table(f"{columns},mismatched,max,mean,kl", map(cells, rows))
+
+
+def cells(row: Row) -> tuple[object, ...]:
+    """A line of the table."""
+    counts = (row.rollouts, row.calls, row.trajectories, row.sampled, row.trained, row.lost, row.positions)
+    share = f"{row.mismatched} ({row.mismatched / row.trained:.0%})" if row.mismatched else "0"
+    drift = (row.drift.max, row.drift.mean, -row.drift.bias) if row.drift.num_tokens else ()
+    figures = [f"{value:.2g}" for value in drift] or ["", "", ""]
+    return row.harness, "yes" if row.continuation else "no", row.builder, *counts, share, *figures
 
 
 if __name__ == "__main__":
