@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -17,23 +17,35 @@ from numpy.typing import NDArray
 from polar_mitm.columns import LOST_BASE, NO_BASE, Lists, RolloutColumns, base_rows
 from polar_mitm.store.offline import Selects
 from polar_mitm.store.rows import quote
+from polar_mitm.types import CallRole, CallStatus, Continuation
 
 _MAX_TOKENS = 8 << 20  # stored tokens of the rollouts that are read at once, 64 MiB; one may have more
 _MAX_ROLLOUTS = 256
 _LISTS = {"prompt_suffix": np.int32, "completion_token_ids": np.int32, "behaviour_logprobs": np.float32}
+# What cannot be read, or is a later version's, is a failed call: nothing of it is trained on.
 _COLUMNS = """
     SELECT call_id, rollout_id, prompt_parent_id, coalesce(prompt_shared, 0)::BIGINT AS prompt_shared,
         coalesce(num_prompt, 0)::BIGINT AS num_prompt,
         prompt_suffix, completion_token_ids, behaviour_logprobs,
-        coalesce(try_cast(usage ->> 'completion_tokens' AS BIGINT), 0) AS num_reported,
+        coalesce(try_cast(try(usage ->> 'completion_tokens') AS BIGINT), 0) AS num_reported,
         coalesce(started_at, 0.0) AS started_at, coalesce(delivered, false) AS delivered,
-        coalesce(status, 'failed') AS status, coalesce(role, 'main') AS role, finish_reason, parent_call_id,
-        coalesce(lineage ->> 'continuation', 'none') AS continuation, lineage ->> 'fallback' AS fallback,
-        policy_version, lineage ->> 'policy_version_last' AS policy_version_last,
-        lineage ->> 'replayed_from' AS replayed_from, coalesce(lineage ->> 'tokenizer', '') AS tokenizer,
-        coalesce(model_served, '') AS model_served
+        CASE WHEN status IN {statuses} AND role IN {roles} AND json_valid(usage)
+            AND json_valid(coalesce(lineage, '{{}}'))
+            AND coalesce(try(lineage ->> 'continuation'), 'none') IN {continuations}
+        THEN status ELSE 'failed' END AS status,
+        coalesce(role, 'main') AS role, finish_reason, parent_call_id,
+        coalesce(try(lineage ->> 'continuation'), 'none') AS continuation,
+        try(lineage ->> 'fallback') AS fallback, policy_version,
+        try(lineage ->> 'policy_version_last') AS policy_version_last,
+        try(lineage ->> 'replayed_from') AS replayed_from,
+        coalesce(try(lineage ->> 'tokenizer'), '') AS tokenizer, coalesce(model_served, '') AS model_served
     FROM stored_calls WHERE rollout_id IN ({ids}) AND rollout_id BETWEEN {first} AND {last}
 """
+_KNOWN = {
+    "statuses": get_args(CallStatus),
+    "roles": get_args(CallRole),
+    "continuations": get_args(Continuation),
+}
 _PLAIN = (
     "started_at", "delivered", "status", "role", "finish_reason", "parent_call_id", "continuation",
     "fallback", "policy_version", "policy_version_last", "replayed_from", "tokenizer", "model_served",
@@ -76,7 +88,7 @@ def _read(reader: Selects, rollout_ids: Sequence[str]) -> Iterator[RolloutColumn
     ids = ", ".join(map(quote, rollout_ids))
     # DuckDB passes over rows out of a range without reading them, over rows not in a list it does not.
     first, last = quote(min(rollout_ids)), quote(max(rollout_ids))
-    table = reader.sql(_COLUMNS.format(ids=ids, first=first, last=last)).combine_chunks()
+    table = reader.sql(_COLUMNS.format(ids=ids, first=first, last=last, **_KNOWN)).combine_chunks()
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, rollout_id in enumerate(table["rollout_id"].to_pylist()):
         rows_of[rollout_id].append(row)

@@ -118,6 +118,15 @@ def test_bodies_that_cannot_be_told_are_named(path: Path, sql: str, told: str) -
             "INSERT INTO call_rows FROM call_rows WHERE call_id = 'c0004'",
             {"c0004": "duplicate_call_id"},
         ),
+        ("UPDATE call_rows SET status = 'paused' WHERE call_id = 'c0002'", {"c0002": "failed"}),
+        ("UPDATE call_rows SET role = 'judge' WHERE call_id = 'c0002'", {"c0002": "failed"}),
+        ("UPDATE call_rows SET role = NULL WHERE call_id = 'c0002'", {"c0002": "failed"}),
+        ("UPDATE call_rows SET usage = '{' WHERE call_id = 'c0002'", {"c0002": "failed"}),
+        ("UPDATE call_rows SET lineage = '{' WHERE call_id = 'c0002'", {"c0002": "failed"}),
+        (
+            "UPDATE call_rows SET lineage = '{\"continuation\": \"mended\"}' WHERE call_id = 'c0002'",
+            {"c0002": "failed"},
+        ),
     ],
 )
 def test_reconstruction_quarantines_and_goes_on(path: Path, sql: str, reasons: dict[str, str]) -> None:
