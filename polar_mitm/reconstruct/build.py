@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import numpy as np
 
@@ -43,18 +43,20 @@ def build(
         rollout: its record; when it is marked incomplete, every call is quarantined.
         max_tokens: how many tokens a trajectory may add to its context. A longer one is split at call
             boundaries into several, each behind its whole context: to cut that would train tokens under
-            another context than they were sampled under. A call that alone adds more is masked.
-            `polar-splice` does not split.
+            another context than they were sampled under. A call that alone adds more is masked. Not for
+            `polar-splice`, which does not split.
         include_orphans: train answers that were superseded by another answer to the same prompt.
         include_auxiliary: train titles, routers and the like; they carry the task's reward undeservedly.
         include_compaction: train summaries of the history.
 
     Raises:
-        ValueError: the calls, or the calls and `rollout`, belong to different rollouts, or `max_tokens` is
-            not positive.
+        ValueError: the calls, or the calls and `rollout`, belong to different rollouts; no such builder;
+            `max_tokens` is not positive, or is given to a builder that does not split.
     """
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens}, and a trajectory needs at least one")
+    if builder not in get_args(Builder):
+        raise ValueError(f"no builder {builder!r}: {', '.join(get_args(Builder))}")
+    if max_tokens is not None and (max_tokens < 1 or builder == "polar-splice"):
+        raise ValueError(f"max_tokens={max_tokens} with builder {builder!r}")
     columns = _one_rollout(calls, rollout)
     tokens = Tokens(columns)
     kept_out = examine(columns, tokens, incomplete=rollout is not None and rollout.incomplete is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,3 +131,33 @@ def test_calls_of_two_rollouts_are_refused() -> None:
 def test_no_calls_no_trajectories() -> None:
     trajectories, report = checked([])
     assert len(trajectories) == 0 and report.sampled == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"builder": "forrest"}, {"max_tokens": 0}, {"max_tokens": 9, "builder": "polar-splice"}],
+)
+def test_what_a_builder_cannot_do_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=str(next(iter(options.values())))):
+        build([call("a", SYSTEM, [1])], **options)
+
+
+def test_trajectories_are_a_sequence_and_assembled_anew_each_time() -> None:
+    trajectories, _ = build([call("a", SYSTEM, [1]), call("b", [9], [2]), call("c", [8], [3])])
+    assert len(trajectories) == 3 and [t.trajectory_id for t in trajectories[1:]] == ["b", "c"]
+    assert trajectories[-1].token_ids.tolist() == [8, 3]
+    trajectories[0].loss_mask[:] = 0
+    assert trajectories[0].num_trained == 1
+    with pytest.raises(IndexError):
+        trajectories[3]
+
+
+def test_a_call_that_is_too_long_alone_is_masked_and_what_follows_still_trains() -> None:
+    a = call("a", SYSTEM, [10])
+    long = follow("b", a, [4, 5, 6], [11, 12])
+    c = follow("c", long, [7], [13])
+    trajectories, report = checked([a, long, c], max_tokens=4)
+    assert paths(trajectories) == {"a": "a", "b": "ab", "c": "abc"}
+    assert report.masked == {"overlong": 2} and report.trained == 2
+    assert reasons(trajectories)["c", "b"] == "overlong" and trajectories[2].num_context == 9
+    assert checked([a, long, c], max_tokens=4, builder="per-request")[1].masked == {"overlong": 3}
