@@ -203,6 +203,14 @@ def _im_end(said: Said) -> str:
 QWEN25 = Model("qwen2.5", "qwen2.5.jinja", _hermes, _im_end)
 QWEN3 = Model("qwen3", "qwen3.jinja", _qwen3, _im_end, thinks=True)
 QWEN3_SILENT = Model("qwen3-silent", "qwen3.jinja", _hermes, _im_end, values={"enable_thinking": False})
+QWEN3_OPENED = Model(
+    "qwen3-opened",
+    "qwen3.jinja",
+    lambda said: f"{said.reasoning}\n</think>\n\n{_hermes(said)}",
+    _im_end,
+    thinks=True,
+    values={"opens_thought": True},
+)
 LLAMA3 = Model(
     "llama3", "llama3.jinja", _llama, lambda said: "<|eot_id|>", num_calls=1, text_beside_calls=False
 )
@@ -218,4 +226,4 @@ HARMONY = Model(
 GLM = Model(
     "glm", "glm.jinja", _glm, lambda said: "<|observation|>" if said.calls else "<|user|>", thinks=True
 )
-ALL = (QWEN25, QWEN3, QWEN3_SILENT, LLAMA3, SMOLLM2, HARMONY, GLM)
+ALL = (QWEN25, QWEN3, QWEN3_SILENT, QWEN3_OPENED, LLAMA3, SMOLLM2, HARMONY, GLM)

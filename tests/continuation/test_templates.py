@@ -8,14 +8,16 @@ from dataclasses import replace as with_values
 import pytest
 from msgspec.structs import replace
 
-from polar_mitm.types import Message, TextPart
-from polar_mitm.upstream.render import RENDER_PATH
+from polar_mitm.lineage import Found
+from polar_mitm.types import Message, TextPart, ToolCall
+from polar_mitm.upstream.render import RENDER_PATH, Lookup
 from tests.continuation.models import (
     ALL,
     GLM,
     HARMONY,
     LLAMA3,
     QWEN3,
+    QWEN3_OPENED,
     QWEN3_SILENT,
     QWEN25,
     SMOLLM2,
@@ -28,8 +30,8 @@ from tests.continuation.talk import Talk, Turn, compact, squashed, user
 
 WITH_TOOLS = [m for m in ALL if m.num_calls]
 THINKING = [m for m in ALL if m.thinks]
-# Harmony's answers end with <|return|>, and its history with <|end|>.
-TEXT_GOES_ON = [m for m in ALL if m is not HARMONY]
+# Harmony's answers end with <|return|>, and its history with <|end|>; the other one always thinks.
+TEXT_GOES_ON = [m for m in ALL if m not in (HARMONY, QWEN3_OPENED)]
 named = pytest.mark.parametrize
 LS = ("Bash", '{"command": "ls"}')
 ODD = ("Bash", '{"command":"ls -l",\n  "timeout":3}')
@@ -88,15 +90,16 @@ def test_a_tool_loop_is_one_context(model: Model, arguments: tuple[str, str]) ->
             assert turn.edits == ["json_reserialised"]  # by the harness; the template writes it as sampled
             assert turn.prompt == turn.rendered
         assert squashed(turn.prompt, EMPTY_THOUGHT) == squashed(turn.rendered, EMPTY_THOUGHT)
-    last = talk.ask(talk.results("done"), Said("That is all."))
+    last = talk.ask(talk.results("done"), Said("That is all.", "Done." if model is QWEN3_OPENED else ""))
     assert outcome(last) == EXACT
 
 
 @named("model", [m for m in ALL if m.num_calls > 1], ids=lambda m: m.name)
 def test_parallel_tool_calls(model: Model) -> None:
     talk = Talk(model, echo=compact)
-    talk.ask([user("list both")], Said(calls=[LS, ODD]))
-    turn = talk.ask(talk.results("one", "two"), Said("Both."))
+    thought = "Hm." if model.thinks else ""
+    talk.ask([user("list both")], Said("", thought, [LS, ODD]))
+    turn = talk.ask(talk.results("one", "two"), Said("Both.", thought))
     assert outcome(turn) == EXACT
     assert squashed(turn.prompt, EMPTY_THOUGHT) == squashed(turn.rendered, EMPTY_THOUGHT)
 
@@ -160,7 +163,7 @@ def test_reasoning_that_the_template_drops_ends_the_continuation(model: Model) -
     assert turn.prompt == turn.rendered
 
 
-@named("model", [QWEN3, GLM], ids=lambda m: m.name)
+@named("model", [QWEN3, QWEN3_OPENED, GLM], ids=lambda m: m.name)
 def test_reasoning_that_the_harness_drops_ends_it_too(model: Model) -> None:
     """The template would have kept it: without it, the model would see another context."""
     talk = Talk(model, echo=lambda message: replace(message, reasoning=None))
@@ -169,7 +172,7 @@ def test_reasoning_that_the_harness_drops_ends_it_too(model: Model) -> None:
     assert outcome(turn) == ("none", "reasoning_dropped")
 
 
-@named("model", [QWEN3, GLM, HARMONY], ids=lambda m: m.name)
+@named("model", [QWEN3, QWEN3_OPENED, GLM, HARMONY], ids=lambda m: m.name)
 @named("echoed", [True, False])
 def test_reasoning_can_be_kept_always(model: Model, echoed: bool) -> None:
     talk = Talk(model, "always", echo=lambda m: m if echoed else replace(m, reasoning=None))
@@ -218,6 +221,44 @@ def test_a_template_without_tools_drops_the_calls() -> None:
     talk = Talk(model)
     talk.ask([user("list it")], Said("I look.", calls=[LS]))
     assert outcome(talk.ask(talk.results("a.txt"), Said("Done."))) == ("none", "text_differs")
+
+
+@named("stop", [None, "STOP!"])
+def test_a_template_that_cuts_what_was_said(stop: str | None) -> None:
+    def answer(talk: Talk, lookup: Lookup) -> bytes | None:
+        return talk.model.answer(Lookup(lookup.path, lookup.body.replace(b"one two", b"one")))
+
+    talk = Talk(QWEN25, answer=answer)
+    talk.ask([user("count")], Said("one two"), stop=stop)
+    assert outcome(talk.ask([user("go on")], Said("three"))) == ("none", "text_differs")
+
+
+def test_half_a_tool_call_is_no_history() -> None:
+    """The parser made a call of it, and the template would write a whole one."""
+    talk = Talk(QWEN25)
+    talk.ask([user("list")], Said(calls=[LS]), length=12)
+    known = talk.lineage._known[talk.turns[0].call_id]
+    known.answer = Message("assistant", tool_calls=[ToolCall("toolu_x", "Bash", '{"command": "l"}')])
+    talk.messages[-1] = known.answer
+    talk.lineage.find = lambda request: Found(known, None, [], 2)  # type: ignore[method-assign]
+    assert outcome(talk.ask(talk.results("?"), Said("x"))) == ("none", "truncated_tool_call")
+
+
+def test_keys_in_another_order() -> None:
+    """The harness sorts them; the template writes what it is given."""
+
+    def by_key(message: Message) -> Message:
+        calls = [
+            replace(c, arguments=json.dumps(json.loads(c.arguments), sort_keys=True))
+            for c in message.tool_calls
+        ]
+        return replace(message, tool_calls=calls)
+
+    talk = Talk(QWEN25, echo=by_key)
+    talk.ask([user("list")], Said(calls=[("Bash", '{"timeout": 3, "command": "ls \\ud83d\\ude42"}')]))
+    turn = talk.ask(talk.results("a.txt"), Said("Done."))
+    assert outcome(turn) == EXACT
+    assert turn.edits == ["key_order", "retokenised"]
 
 
 def test_a_template_that_counts_the_messages_is_not_prefix_stable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from polar_mitm.types import ModelCall
 from polar_mitm.upstream.probe import probe
-from tests.support.rig import MESSAGES, RESPONSES, Box, Rig, rig
+from tests.support.rig import MESSAGES, RESPONSES, Box, Rig, rig, until
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.scripts import Answer, Script
 
@@ -223,6 +223,19 @@ async def test_a_rendering_that_fails_is_done_without(fault: Any) -> None:
         await harness.results("a.txt")
         call = r.recorder.calls[1]
         assert (call.status, call.continuation, call.fallback) == ("ok", "none", "render_failed")
+
+
+async def test_a_harness_that_leaves_while_its_history_is_rendered() -> None:
+    async with capturing(session(*THREE)) as (engine, r, box):
+        harness = Anthropic(box)
+        await harness.say("go")
+        engine.render_fault = _silence
+        asking = asyncio.ensure_future(harness.results("a.txt"))
+        await until(lambda: len(engine.renders) == 1)
+        asking.cancel()
+        calls = await r.recorder.until_calls(2)
+        assert (calls[1].status, calls[1].continuation, calls[1].delivered) == ("cancelled", "none", False)
+        assert len(engine.calls) == 1
 
 
 async def test_images_are_rendered() -> None:
