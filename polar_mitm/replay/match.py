@@ -54,22 +54,22 @@ class Recording:
         self.rules = rules
         self.calls = sorted(calls, key=lambda call: call.seq)
         self.waiting = {call.call_id: call for call in self.calls}
+        self._digests: dict[str, bytes] = {}
         self._served: dict[bytes, str] = {}
-        self._groups: dict[Asked, list[tuple[bytes, ModelCall]]] = defaultdict(list)
+        self._groups: dict[Asked, list[ModelCall]] = defaultdict(list)
         for call in self.calls:
-            digest = _digest(normalise(call.wire, rules))
-            self._groups[asked(call.dialect, call.wire)].append((digest, call))
+            self._groups[asked(call.dialect, call.wire)].append(call)
 
     def match(self, dialect: str, wire: Wire) -> Match:
         """The recorded call that a request is: the one that asked exactly this, else the one that differs in
         the fewest fields; the earliest of several."""
         normal = normalise(wire, self.rules)
         digest, what = _digest(normal), asked(dialect, wire)
-        found = [(d, c) for d, c in self._groups.get(what, []) if c.call_id in self.waiting]
-        for recorded, call in found:
-            if recorded == digest:
+        found = [call for call in self._groups.get(what, []) if call.call_id in self.waiting]
+        for call in found:
+            if self._digest_of(call) == digest:
                 return Match(call, None, [], normal.rules)
-        by_distance = [(self._differences(call, normal), call) for _, call in found]
+        by_distance = [(self._differences(call, normal), call) for call in found]
         if by_distance:
             divergences, call = min(by_distance, key=lambda each: len(each[0]))
             return Match(call, None, divergences, normal.rules)
@@ -81,7 +81,12 @@ class Recording:
     def take(self, call: ModelCall) -> None:
         """The call is served: it waits no longer."""
         del self.waiting[call.call_id]
-        self._served[_digest(normalise(call.wire, self.rules))] = call.call_id
+        self._served[self._digest_of(call)] = call.call_id
+
+    def _digest_of(self, call: ModelCall) -> bytes:
+        if call.call_id not in self._digests:
+            self._digests[call.call_id] = _digest(normalise(call.wire, self.rules))
+        return self._digests[call.call_id]
 
     def _differences(self, call: ModelCall, normal: Normal) -> list[Divergence]:
         return list(differences(normalise(call.wire, self.rules).tree, normal.tree))

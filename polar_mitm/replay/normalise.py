@@ -9,7 +9,7 @@ were equal in one run have to be equal in the other.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -34,7 +34,8 @@ class Rule(Struct, frozen=True):
     """One thing that varies.
 
     `where` is a path such as `body.input.*.id`: `*` is one key or index, `**` any number of them. `pattern`
-    finds what varies in the text there; without one it is the whole value.
+    finds what varies in the text there, after a group that is kept; `^` and `$` are a line's. Without one it
+    is the whole value. (Text before is a group because a look-behind would be searched many times slower.)
     """
 
     name: str
@@ -59,22 +60,23 @@ RULES: tuple[Rule, ...] = (
     # Claude Code.
     Rule("session_id", "headers.x-claude-code-session-id", "number", _UUID),
     Rule("prompt_id", "headers.x-claude-code-prompt-id", "number", _UUID),
-    Rule("duration", "headers.x-claude-code-prev-tool-durations", "mask", r"(?<==)\d+"),
-    Rule("checksum", "body.system.*.text", "mask", "(?<= cch=)[0-9a-f]+"),
-    Rule("prompt_id", "body.system.*.text", "number", f"(?<= cc_prompt_id=){_UUID}"),
+    Rule("duration", "headers.x-claude-code-prev-tool-durations", "mask", r"(=)\d+"),
+    Rule("checksum", "body.system.*.text", "mask", "( cch=)[0-9a-f]+"),
+    Rule("prompt_id", "body.system.*.text", "number", f"( cc_prompt_id=){_UUID}"),
     Rule("user_id", "body.metadata.user_id", "parse"),
     Rule("device_id", "body.metadata.user_id.device_id", "number", "[0-9a-f]{64}"),
     Rule("session_id", "body.metadata.user_id.session_id", "number", _UUID),
     Rule("agent_id", "headers.x-claude-code-agent-id", "number", _AGENT),
-    Rule("agent_id", "body.messages.**", "number", f"(?<=agentId: ){_AGENT}|(?<=with to: '){_AGENT}"),
-    Rule("task_id", "body.messages.**", "number", "(?<=in background with ID: )[0-9a-z]+"),
-    Rule("task_id", "body.messages.**", "number", "(?<=<task-id>)[0-9a-z]+"),
-    Rule("task_id", "body.messages.**", "number", r"(?<=/tasks/)[0-9a-z]+(?=\.output)"),
-    Rule("user_number", "body.messages.**", "mask", "(?<=/tmp/claude-)[0-9]+"),
-    Rule("session_id", "body.messages.**", "number", f"(?<=-workspace/){_UUID}(?=/tasks/)"),
-    Rule("duration", "body.messages.**", "mask", "(?<=<duration_ms>)[0-9]+"),
-    Rule("kernel", "body.messages.**", "mask", r"(?<=OS Version: Linux )\S+"),
-    Rule("date", "body.messages.**", "mask", f"(?<=Today's date is ){_DATE}"),
+    Rule("agent_id", "body.messages.**", "number", f"(agentId: ){_AGENT}"),
+    Rule("agent_id", "body.messages.**", "number", f"(with to: '){_AGENT}"),
+    Rule("task_id", "body.messages.**", "number", "(in background with ID: )[0-9a-z]+"),
+    Rule("task_id", "body.messages.**", "number", "(<task-id>)[0-9a-z]+"),
+    Rule("task_id", "body.messages.**", "number", r"(/tasks/)[0-9a-z]+(?=\.output)"),
+    Rule("user_number", "body.messages.**", "mask", "(/tmp/claude-)[0-9]+"),
+    Rule("session_id", "body.messages.**", "number", f"(-workspace/){_UUID}(?=/tasks/)"),
+    Rule("duration", "body.messages.**", "mask", "(<duration_ms>)[0-9]+"),
+    Rule("kernel", "body.messages.**", "mask", r"(OS Version: Linux )\S+"),
+    Rule("date", "body.messages.**", "mask", f"(Today's date is ){_DATE}"),
     # Codex.
     Rule("session_id", "headers.session-id", "number", _UUID),
     Rule("thread_id", "headers.thread-id", "number", _UUID),
@@ -91,25 +93,25 @@ RULES: tuple[Rule, ...] = (
     Rule("item_id", "body.input.*.id", "number", _UUID),
     Rule("turn_id", "body.input.*.internal_chat_message_metadata_passthrough.turn_id", "number", _UUID),
     Rule("item_time", "body.input.*.internal_chat_message_metadata_passthrough.create_time", "mask"),
-    Rule("date", "body.input.*.content.*.text", "mask", f"(?<=<current_date>){_DATE}"),
-    Rule("chunk_id", "body.input.*.output", "mask", "(?<=^Chunk ID: )[0-9a-f]+"),
-    Rule("duration", "body.input.*.output", "mask", r"(?m)(?<=^Wall time: )[0-9.]+(?= seconds$)"),
-    Rule("process_id", "body.input.*.output", "number", r"(?m)(?<=^Process running with session ID )[0-9]+"),
-    Rule("agent_id", "body.input.*.output", "number", f'(?<=^{{"agent_id":"){_UUID}'),
-    Rule("nickname", "body.input.*.output", "mask", r'(?<=","nickname":")\w+(?="\}$)'),
-    Rule("agent_id", "body.input.*.content.*.text", "number", f"(?<=^{_NOTICE}){_UUID}"),
-    Rule("duration", "body.input.*.output.*.text", "mask", r"(?m)(?<=^Wall time )[0-9.]+(?= seconds$)"),
-    Rule("chunk_id", "body.input.*.output.*.text", "mask", r'(?<=^\{"chunk_id":")[0-9a-f]+'),
-    Rule("duration", "body.input.*.output.*.text", "mask", r'(?<="wall_time_seconds":)[0-9.e-]+'),
+    Rule("date", "body.input.*.content.*.text", "mask", f"(<current_date>){_DATE}"),
+    Rule("chunk_id", "body.input.*.output", "mask", "(^Chunk ID: )[0-9a-f]+"),
+    Rule("duration", "body.input.*.output", "mask", r"(^Wall time: )[0-9.]+(?= seconds$)"),
+    Rule("process_id", "body.input.*.output", "number", r"(^Process running with session ID )[0-9]+"),
+    Rule("agent_id", "body.input.*.output", "number", f'(^{{"agent_id":"){_UUID}'),
+    Rule("nickname", "body.input.*.output", "mask", r'(","nickname":")\w+(?="\}$)'),
+    Rule("agent_id", "body.input.*.content.*.text", "number", f"(^{_NOTICE}){_UUID}"),
+    Rule("duration", "body.input.*.output.*.text", "mask", r"(^Wall time )[0-9.]+(?= seconds$)"),
+    Rule("chunk_id", "body.input.*.output.*.text", "mask", r'(^\{"chunk_id":")[0-9a-f]+'),
+    Rule("duration", "body.input.*.output.*.text", "mask", r'("wall_time_seconds":)[0-9.e-]+'),
     # opencode.
     Rule("session_id", "headers.x-session-id", "number", _SESSION),
     Rule("session_id", "headers.x-session-affinity", "number", _SESSION),
     Rule("session_id", "headers.x-parent-session-id", "number", _SESSION),
-    Rule("task_id", "body.messages.**", "number", f'(?<=<task id="){_SESSION}'),
-    Rule("date", "body.system.*.text", "mask", r"(?<=Today's date: )\w{3} \w{3} \d{2} \d{4}"),
+    Rule("task_id", "body.messages.**", "number", f'(<task id="){_SESSION}'),
+    Rule("date", "body.system.*.text", "mask", r"(Today's date: )\w{3} \w{3} \d{2} \d{4}"),
     # pi.
     Rule("install_path", "body.system.*.text", "mask", r"/\S*(?=/harness/pi-[0-9.]+/node_modules/)"),
-    Rule("kernel", "headers.user-agent", "mask", r"(?<=^pi \(linux )[^;]+"),
+    Rule("kernel", "headers.user-agent", "mask", r"(^pi \(linux )[^;]+"),
 )
 
 
@@ -133,7 +135,7 @@ def normalise(wire: Wire, rules: Sequence[Rule] = RULES) -> Normal:
         "headers": _headers(wire.request_headers),
     }
     walk = _Walk()
-    walked = walk(tree, [(rule, parts, 0) for rule in rules for parts in (_parts(rule.where),)])
+    walked = walk(tree, _places(tuple(rules)))
     return Normal(walked, sorted(walk.used))
 
 
@@ -153,9 +155,45 @@ def _headers(items: list[tuple[str, str]]) -> dict[str, str]:
     return out
 
 
-_Active = tuple[Rule, tuple[str, ...], int]
-"""A rule, its path's parts, and how many of them lead to where the walk is."""
 _GONE = object()
+_SHORT = 200
+
+
+class _Place:
+    """Somewhere in a request: the rules that apply here, and the way on. Made once, not per request."""
+
+    def __init__(self, active: list[tuple[Rule, tuple[str, ...]]]) -> None:
+        """`active`: rules that may apply here or below, with what is left of their paths."""
+        here = [rule for rule, left in active if left in ((), ("**",))]
+        self.whole = [rule for rule in here if not rule.pattern]
+        self.texts = [(rule, re.compile(rule.pattern, re.MULTILINE)) for rule in here if rule.pattern]
+        self.any = re.compile("|".join(f"(?:{rule.pattern})" for rule, _ in self.texts), re.MULTILINE)
+        self._active = [(rule, left) for rule, left in active if left]
+        self._named = {part for _, left in self._active for part in left[:2]}
+        self._below: dict[str, _Place] = {}
+        self.idle = not active
+
+    def below(self, key: str) -> _Place:
+        """The place under a key, or under any index for `*`."""
+        key = key if key in self._named else "*"
+        if key not in self._below:
+            self._below[key] = _Place(
+                [each for rule, left in self._active for each in _step(rule, left, key)]
+            )
+        return self._below[key]
+
+
+def _step(rule: Rule, left: tuple[str, ...], key: str) -> Iterator[tuple[Rule, tuple[str, ...]]]:
+    if left[0] == "**":
+        yield rule, left
+        left = left[1:]
+    if left and left[0] in ("*", key):
+        yield rule, left[1:]
+
+
+@lru_cache(maxsize=16)
+def _places(rules: tuple[Rule, ...]) -> _Place:
+    return _Place([(rule, tuple(rule.where.split("."))) for rule in rules])
 
 
 class _Walk:
@@ -165,61 +203,43 @@ class _Walk:
         self.used: set[str] = set()
         self._numbers: dict[str, int] = {}
 
-    def __call__(self, value: Any, active: list[_Active]) -> Any:
-        for rule, parts, done in active:
-            if done == len(parts) or parts[done:] == ("**",):
-                value = self._apply(rule, value)
-                if value is _GONE:
-                    return value
-        if isinstance(value, dict):
-            walked = {k: self(v, self._below(active, k)) for k, v in value.items()}
+    def __call__(self, value: Any, place: _Place) -> Any:
+        if place.idle:
+            return value
+        for rule in place.whole:
+            value = self._apply(rule, value)
+            if value is _GONE:
+                return value
+        if isinstance(value, str):
+            # One look at a short text; a long one is searched faster for each pattern's beginning.
+            if place.texts and (len(value) > _SHORT or place.any.search(value)):
+                return self._in_text(place, value)
+        elif isinstance(value, dict):
+            walked = {k: self(v, place.below(k)) for k, v in value.items()}
             return {k: v for k, v in walked.items() if v is not _GONE}
-        if isinstance(value, list):
-            below = self._below(active, "*")
+        elif isinstance(value, list):
+            below = place.below("*")
             return [self(v, below) for v in value]
         return value
 
-    def _below(self, active: list[_Active], key: str) -> list[_Active]:
-        found = []
-        for rule, parts, done in active:
-            if done == len(parts):
-                continue
-            if parts[done] == "**":
-                found.append((rule, parts, done))
-                done += 1
-            if done < len(parts) and parts[done] in ("*", key):
-                found.append((rule, parts, done + 1))
-        return found
-
     def _apply(self, rule: Rule, value: Any) -> Any:
-        if rule.how == "ignore":
-            self.used.add(rule.name)
-            return _GONE
         if rule.how == "unorder":
             return dict(sorted(value.items())) if isinstance(value, dict) else value
         if rule.how == "parse":
             return _body(value.encode()) if isinstance(value, str) and value[:1] in ("{", "[") else value
-        if not rule.pattern:
-            self.used.add(rule.name)
-            return self._stand_in(rule, str(value))
-        if not isinstance(value, str):
-            return value
-        replaced, times = _regex(rule.pattern).subn(lambda m: self._stand_in(rule, m[0]), value)
-        if times:
-            self.used.add(rule.name)
-        return replaced
+        self.used.add(rule.name)
+        return _GONE if rule.how == "ignore" else f"<{rule.name}>"
 
-    def _stand_in(self, rule: Rule, text: str) -> str:
+    def _in_text(self, place: _Place, text: str) -> str:
+        for rule, pattern in place.texts:
+            text, times = pattern.subn(lambda found, rule=rule: self._stand_in(rule, found), text)  # type: ignore[misc]
+            if times:
+                self.used.add(rule.name)
+        return text
+
+    def _stand_in(self, rule: Rule, found: re.Match[str]) -> str:
+        kept = found[1] if found.re.groups else ""
         if rule.how == "mask":
-            return f"<{rule.name}>"
-        return f"<id {self._numbers.setdefault(text, len(self._numbers) + 1)}>"
-
-
-@lru_cache(maxsize=1024)
-def _parts(where: str) -> tuple[str, ...]:
-    return tuple(where.split("."))
-
-
-@lru_cache(maxsize=1024)
-def _regex(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern)
+            return f"{kept}<{rule.name}>"
+        number = self._numbers.setdefault(found[0][len(kept) :], len(self._numbers) + 1)
+        return f"{kept}<id {number}>"
