@@ -236,7 +236,7 @@ def test_a_template_that_cuts_what_was_said(stop: str | None) -> None:
 def test_half_a_tool_call_is_no_history() -> None:
     """The parser made a call of it, and the template would write a whole one."""
     talk = Talk(QWEN25)
-    talk.ask([user("list")], Said(calls=[LS]), length=12)
+    talk.ask([user("list")], Said(calls=[LS]), length=12, cuts=0.5)
     known = talk.lineage._known[talk.turns[0].call_id]
     known.answer = Message("assistant", tool_calls=[ToolCall("toolu_x", "Bash", '{"command": "l"}')])
     talk.messages[-1] = known.answer
