@@ -99,9 +99,9 @@ def _mark_orphans(
     for group in siblings.values():
         if len(group) > 1:
             alive = (
-                [row for row in group if row in extended]
-                or [row for row in group if columns.delivered[row]]
-                or group[-1:]
+                {row for row in group if row in extended}
+                or {row for row in group if columns.delivered[row]}
+                or {group[-1]}
             )
             for row in group:
                 orphan[row] = row not in alive
