@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -117,6 +118,7 @@ def grammar(request: dict[str, Any]) -> str | None:
 
 
 DELEGATE = "Delegate it twice."
+_SPAWN, _WAIT = "multi_agent_v1__spawn_agent", "multi_agent_v1__wait_agent"
 
 
 def delegating(request: dict[str, Any], nth: int) -> Answer:
@@ -128,14 +130,24 @@ def delegating(request: dict[str, Any], nth: int) -> Answer:
     if DELEGATE not in json.dumps([m for m in request["messages"] if m["role"] == "user"]):
         again = Answer(text=f"Quietly, {turn}.", tool_calls=(call,), chunk_delay_s=0.02)
         return again if turn < 2 else Answer(text="Seen.")
-    if turn:
-        return Answer(text="Delegated.")
     tools = {tool["function"]["name"]: tool["function"]["parameters"] for tool in request["tools"]}
-    name, kind = ("Agent", "general-purpose") if "Agent" in tools else ("task", "general")
-    given: dict[str, Any] = {"description": "look", "prompt": "Look around quietly.", "subagent_type": kind}
-    if "run_in_background" in tools[name]["properties"]:
-        given["run_in_background"] = False
-    return Answer(text="Two at once.", tool_calls=((name, json.dumps(given)),) * 2)
+    if turn == 0:
+        return Answer(text="Two at once.", tool_calls=(_delegation(tools),) * 2)
+    if turn == 1 and _WAIT in tools:  # Codex does not wait unless told to
+        told = " ".join(m["content"] for m in request["messages"] if m["role"] == "tool")
+        agents = re.findall(r'"agent_id":"([^"]+)"', told)
+        return Answer(tool_calls=[(_WAIT, json.dumps({"targets": [agent]})) for agent in agents])
+    return Answer(text="Delegated.")
+
+
+def _delegation(tools: dict[str, Any]) -> tuple[str, str]:
+    """A call of whichever tool starts a sub-agent."""
+    task = "Look around quietly."
+    if _SPAWN in tools:
+        return _SPAWN, json.dumps({"message": task})
+    if "task" in tools:
+        return "task", json.dumps({"description": "look", "prompt": task, "subagent_type": "general"})
+    return "Agent", json.dumps({"description": "look", "prompt": task, "run_in_background": False})
 
 
 def garbling(request: dict[str, Any], nth: int) -> Answer:

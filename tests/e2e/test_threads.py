@@ -16,7 +16,7 @@ from tests.e2e.sessions import DELEGATE, Overflowing, delegating, garbling
 from tests.support.scripts import Script
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
-WHOSE = {"claude-code": "x-claude-code-agent-id", "opencode": "x-session-id"}
+WHOSE = {"claude-code": "x-claude-code-agent-id", "codex": "thread-id", "opencode": "x-session-id"}
 """The header that says which agent calls."""
 
 
@@ -42,20 +42,22 @@ async def recorded(
 
 @pytest.mark.parametrize("name", WHOSE)
 async def test_subagents_side_by_side(name: str, cli: Cli, tmp_path: Path) -> None:
-    """Same task, same answers, same ids: only the ids that we minted tell the two apart."""
+    """Same task, same answers, same prompt ids: only the ids that we minted tell the two apart."""
     calls, trajectories, report = await recorded(name, delegating, DELEGATE, cli, tmp_path / "run.duckdb")
     threads: dict[str, list[ModelCall]] = {}
     for call in calls:
         if call.role != "auxiliary":
             whose = dict(call.wire.request_headers).get(WHOSE[name], "")
             threads.setdefault(whose, []).append(call)
-    assert sorted([c.role for c in t] for t in threads.values()) == [["main"] * 2, *[["subagent"] * 3] * 2]
+    roles = [[c.role for c in thread] for thread in threads.values()]
+    assert sorted(roles) == [["main"] * (3 if name == "codex" else 2), *[["subagent"] * 3] * 2]
     for thread in threads.values():
         assert [c.fallback for c in thread] == ["first_call"] + [None] * (len(thread) - 1)
         for parent, call in pairwise(thread):
             assert (call.continuation, call.parent_call_id) == ("exact", parent.call_id)
     first, second = (t for t in threads.values() if t[0].role == "subagent")
-    assert [list(c.prompt_token_ids) for c in first] == [list(c.prompt_token_ids) for c in second]
+    assert list(first[0].prompt_token_ids) == list(second[0].prompt_token_ids)
+    assert first[0].completion_token_ids == second[0].completion_token_ids
 
     paths = [[span.call_id for span in t.spans] for t in trajectories if t.role != "auxiliary"]
     assert sorted(paths) == sorted([c.call_id for c in thread] for thread in threads.values())
