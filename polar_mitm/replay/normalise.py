@@ -88,6 +88,7 @@ RULES: tuple[Rule, ...] = (
     Rule("metadata_order", "body.client_metadata", "unorder"),  # a hash map, written in any order
     Rule("client_metadata", "body.client_metadata.*", "number", _UUID),
     Rule("turn_metadata", _TURN, "parse"),
+    Rule("turn_metadata", f"{_TURN}.*", "number", _UUID),
     Rule("turn_time", f"{_TURN}.turn_started_at_unix_ms", "mask"),
     Rule("cache_key", "body.prompt_cache_key", "number", _UUID),
     Rule("item_id", "body.input.*.id", "number", _UUID),
