@@ -30,7 +30,7 @@ from polar_mitm.lineage import Found, Known
 from polar_mitm.token_ids import TokenIds
 from polar_mitm.types import ChatRequest, ImagePart, KeepReasoning, Message
 from polar_mitm.upstream.engine import EngineInfo, Template
-from polar_mitm.upstream.render import Lookup, detokenize, detokenized, render, rendered
+from polar_mitm.upstream.render import Answers, Lookup, detokenize, detokenized, render, rendered
 
 Fallback = Literal[
     "continuation_off",  # a setting
@@ -76,8 +76,8 @@ class Continued(Struct):
     rendered: TokenIds | None = None
 
 
-Answers = list[bytes | None]
-Steps = Generator[list[Lookup], Answers, Continued]
+Got = list[bytes | None]
+Steps = Generator[list[Lookup], Got, Continued]
 """Yields what to ask the engine, is sent the answers (None for one that failed), returns the outcome."""
 
 
@@ -146,6 +146,24 @@ def _go_on(
     return Continued(prompt, None, edits, TokenIds(whole[:-1]))
 
 
+def remembering(steps: Steps, answers: Answers) -> Steps:
+    """The same steps, which ask nothing that is among the `answers`, and add to them."""
+    got: Got | None = None
+    while True:
+        try:
+            asked = next(steps) if got is None else steps.send(got)
+        except StopIteration as stop:
+            outcome: Continued = stop.value
+            return outcome
+        got = [answers.get(lookup.key) for lookup in asked]
+        if unknown := [n for n, answer in enumerate(got) if answer is None]:
+            fresh = yield [asked[n] for n in unknown]
+            for n, answer in zip(unknown, fresh, strict=True):
+                got[n] = answer
+                if answer is not None:
+                    answers.put(asked[n].key, answer)
+
+
 def without_reasoning(messages: list[Message]) -> list[Message]:
     """The messages with no reasoning in them; the same list where there is none."""
     if not any(m.reasoning for m in messages):
@@ -153,7 +171,7 @@ def without_reasoning(messages: list[Message]) -> list[Message]:
     return [replace(m, reasoning=None) if m.reasoning else m for m in messages]
 
 
-def _rendered(lookups: list[Lookup]) -> Generator[list[Lookup], Answers, list[bytes]]:
+def _rendered(lookups: list[Lookup]) -> Generator[list[Lookup], Got, list[bytes]]:
     answers = yield lookups
     return [_ids(rendered(_answer(answer))) for answer in answers]
 
@@ -230,7 +248,7 @@ def _common(one: bytes, other: bytes) -> int:
 
 def _compare(
     seam: Seam, found: Found, engine: EngineInfo, always: bool
-) -> Generator[list[Lookup], Answers, tuple[bytes, list[Edit]]]:
+) -> Generator[list[Lookup], Got, tuple[bytes, list[Edit]]]:
     """What is new, after the first end at which the rendered answer reads as the sampled one did."""
     parent = found.parent
     assert parent is not None

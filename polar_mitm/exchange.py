@@ -22,7 +22,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from polar_mitm.config import Settings
-from polar_mitm.continuation import Continued, Steps, go_on
+from polar_mitm.continuation import Continued, Steps, go_on, remembering
 from polar_mitm.dialects.base import Dialect, Reply, StreamEncoder
 from polar_mitm.dialects.ids import minted, new_id
 from polar_mitm.errors import PolarError
@@ -89,7 +89,6 @@ class Exchange:
         self._answers = answers or Answers()
         self._found = Found()
         self._steps: Steps | None = None
-        self._asked: list[Lookup] = []
         self._continued = Continued()
         self._engine = engine
         self._settings = settings
@@ -165,7 +164,7 @@ class Exchange:
             return self._plainly("continuation_off")
         if not self._answers.token_input:
             return self._plainly("engine_without_token_input")
-        self._steps = go_on(
+        steps = go_on(
             found,
             request,
             self.call.upstream_body,
@@ -175,25 +174,15 @@ class Exchange:
             self._engine,
             self._settings.keep_reasoning,
         )
-        return self._advance(None)
+        self._steps = remembering(steps, self._answers)
+        return self.answered(None)
 
-    def answered(self, answers: list[bytes | None]) -> Step:
+    def answered(self, answers: list[bytes | None] | None) -> Step:
         """The engine's answers to the lookups of the last step, in order; None for one that failed."""
-        for lookup, answer in zip(self._asked, answers, strict=True):
-            if answer is not None:
-                self._answers.put(lookup.key, answer)
-        fresh = iter(answers)
-        return self._advance([next(fresh) if a is None else a for a in self._known])
-
-    def _advance(self, answers: list[bytes | None] | None) -> Step:
         assert self._steps is not None
         try:
-            while True:
-                lookups = next(self._steps) if answers is None else self._steps.send(answers)
-                self._known = answers = [self._answers.get(lookup.key) for lookup in lookups]
-                self._asked = [lk for lk, answer in zip(lookups, answers, strict=True) if answer is None]
-                if self._asked:
-                    return Lookups(self._engine.url, self._asked)
+            lookups = next(self._steps) if answers is None else self._steps.send(answers)
+            return Lookups(self._engine.url, lookups)
         except StopIteration as stop:
             self._continued = stop.value
         except Exception:

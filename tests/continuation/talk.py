@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from polar_mitm.continuation import Answers, Continued, go_on
+from polar_mitm.continuation import Continued, Got, go_on
 from polar_mitm.dialects.ids import minted, new_id
 from polar_mitm.lineage import Lineage
 from polar_mitm.types import (
@@ -139,7 +139,7 @@ class Talk:
         if found.parent is None:
             return Continued(fallback=found.fallback), []  # type: ignore[arg-type]
         steps = go_on(found, request, self._body(request.messages), self._body, self.model.engine, self.keep)
-        answers: Answers | None = None
+        answers: Got | None = None
         try:
             while True:
                 asked = next(steps) if answers is None else steps.send(answers)
