@@ -241,7 +241,7 @@ def _tell(report: ReplayReport, outcome: Outcome, recorded: Rollout, same_end: b
     tell(
         f"replay of rollout {report.rollout_id}  {recorded.harness} {recorded.harness_version}", style="bold"
     )
-    print_table("request,answered from,outcome,first divergence", [_row(step) for step in report.steps])
+    print_table("request,recorded call,outcome,first divergence", [_row(step) for step in report.steps])
     for call_id in report.unreached:
         tell(f"never asked: call {call_id}")
     if report.forked_at and not report.forked:

@@ -27,7 +27,8 @@ Outcome = Literal[
 
 
 class Step(Struct):
-    """One request of the fresh run. `recorded` is the call that answered it, or the nearest that did not.
+    """One request of the fresh run. `recorded` is the call that answered it (or that the fork is at, or the
+    nearest that did not).
 
     `divergences` are the first of `num_divergences`, `rules` the normalisation that the request needed.
     """
@@ -99,25 +100,28 @@ class Replay:
         match = self._recording.match(dialect, wire)
         step = Step(len(self._steps), f"{wire.method} {wire.path}", "same", rules=match.rules)
         self._steps.append(step)
-        if self._is_live(match):
-            self._forked = True
-            step.outcome, step.note = "live", None
+        live = self._is_live(match)
+        self._forked = self._forked or live
+        if not live or (match.call is not None and match.call.call_id == self._fork_at):
+            step.num_divergences = len(match.divergences)
+            step.divergences = match.divergences[:MAX_DIVERGENCES]
+            step.recorded = match.call.call_id if match.call else None
+        if live:
+            step.outcome = "live"
             return step, None
-        step.num_divergences = len(match.divergences)
-        step.divergences = match.divergences[:MAX_DIVERGENCES]
         if match.call is not None:
             self._recording.take(match.call)
-            step.recorded = match.call.call_id
             step.outcome = "diverged" if match.divergences else "same"
             return step, match.call
+        if self._cut_off and not self._recording.waiting:
+            step.outcome = "beyond"
+            return step, None
         step.outcome = "unmatched"
         step.recorded = match.nearest.call_id if match.nearest else None
         if match.again is not None:
             step.note = f"asked again: call {match.again} was answered before"
         elif match.nearest is None:
             step.note = "no recorded call is left"
-            if self._cut_off and not self._recording.waiting:
-                step.outcome, step.note = "beyond", None
         return step, None
 
     def _is_live(self, match: Match) -> bool:

@@ -106,8 +106,9 @@ def test_a_run_that_was_cut_off_may_go_on() -> None:
     for cut_off, outcome in ((True, "beyond"), (False, "unmatched")):
         replay = Replay("recorded", [only], cut_off=cut_off)
         replay.take(ANTHROPIC, only.wire)
-        step, served = replay.take(ANTHROPIC, wire(asking("and", only)))
-        assert served is None and step.outcome == outcome
+        for body in (asking("go"), asking("and", only)):  # a retry, and a step further
+            step, served = replay.take(ANTHROPIC, wire(body))
+            assert served is None and step.outcome == outcome
         assert replay.report().faithful == cut_off
 
 
@@ -117,7 +118,8 @@ def test_a_fork() -> None:
     assert replay.take(ANTHROPIC, calls[0].wire)[1] is calls[0]
     assert not replay.report().forked and not replay.report().faithful
     # The main thread is at the fork while the sub-agent has not asked yet: that is still replayed.
-    assert replay.take(ANTHROPIC, calls[2].wire)[0].outcome == "live"
+    at_fork, _ = replay.take(ANTHROPIC, calls[2].wire)
+    assert (at_fork.outcome, at_fork.recorded, at_fork.first) == ("live", calls[2].call_id, None)
     assert replay.take(ANTHROPIC, calls[1].wire)[1] is calls[1]
     assert replay.take(ANTHROPIC, calls[3].wire)[0].outcome == "live"
     assert replay.take(ANTHROPIC, wire(asking("anything")))[0].outcome == "live"
