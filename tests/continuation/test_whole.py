@@ -138,6 +138,25 @@ async def test_a_tool_session_of_the_responses_api_is_one_context() -> None:
         assert [list(c.prompt_token_ids) for c in calls] == [c.prompt_token_ids for c in engine.calls]
 
 
+async def test_two_sub_agents_with_equal_prefixes_interleaved() -> None:
+    answers = [Answer(tool_calls=[("Bash", ODD)])] * 4 + [Answer(text="Done.")] * 2
+    async with capturing(session(*answers)) as (_, r, box):
+        agents = Anthropic(box), Anthropic(box)
+        for agent in agents:
+            await agent.say("go")
+        for _ in range(2):
+            await asyncio.gather(*(agent.results("a.txt") for agent in agents))
+        calls = {c.call_id: c for c in r.recorder.calls}
+        for agent in agents:
+            told = [m["content"] for m in agent.messages if m["role"] == "assistant"]
+            ids = [content[0]["id"].split("_")[1] for content in told[:2]]
+            thread = [calls[ids[0]], calls[ids[1]]]
+            last = next(c for c in calls.values() if c.parent_call_id == ids[1])
+            assert thread[1].parent_call_id == ids[0]
+            assert exactly([*thread, last])
+        assert sum(c.continuation == "exact" for c in calls.values()) == 4
+
+
 async def test_an_answer_in_its_canonical_ids_takes_one_lookup_and_is_the_rendering() -> None:
     script = session(Answer(text="Hello."), Answer(text="Bye."))
     async with capturing(script) as (engine, r, box):
