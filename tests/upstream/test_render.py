@@ -40,7 +40,20 @@ def test_lookups_that_differ_have_different_keys() -> None:
     assert json.loads(detokenize('m"', b"1,2").body) == {"model": 'm"', "tokens": [1, 2]}
 
 
-@pytest.mark.parametrize("answer", [b"", b"[]", b"{}", b'{"token_ids": null}', b'{"token_ids": [1, -2]}'])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'{"token_ids": null}',
+        b'{"token_ids": null, "stop": []}',
+        b'{"token_ids": [1, -2]}',
+        b'{"token_ids": [1, 2',
+        b'{"token_ids": [[1, 2]]}',
+        b'{"request_id": "\\"token_ids\\": [1]"}',
+    ],
+)
 def test_what_is_no_rendering_is_refused(answer: bytes) -> None:
     with pytest.raises(ValueError):
         rendered(answer)
