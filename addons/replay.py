@@ -92,7 +92,8 @@ class ServeRecorded:
             rollout_id=session.rollout_id,
             seq=session.next_seq(),
             parent_call_id=self._ids.get(recorded.parent_call_id or ""),
-            replayed_from=recorded.call_id,
+            # A replay of a replay serves the first one's bytes, and the ids in them.
+            replayed_from=recorded.replayed_from or recorded.call_id,
             started_at=time.time(),
             wire=wire,
         )
@@ -245,9 +246,13 @@ class _Served:
         """After a fork, live calls may continue this one."""
         call, wire = self._call, self._call.wire
         headers = {name.lower(): value for name, value in wire.request_headers}
-        with contextlib.suppress(PolarError):
+        try:
             request = DIALECTS[call.dialect].decode(wire.request_body, headers, wire.path)
             self._session.lineage.add(call, request, rendered=b"")
+        except PolarError:
+            pass  # a refused request, which nothing continues
+        except Exception:  # the harness gets its answer all the same
+            logger.exception("lineage of call %s", call.call_id)
 
 
 async def _record(capture: Capture, session: Session, call: ModelCall) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import typer
@@ -16,14 +16,15 @@ import typer
 from polar_mitm.cli import loop
 from polar_mitm.cli.engine import EngineOption, ModelOption, probed
 from polar_mitm.cli.exits import ENGINE, NO, fail
-from polar_mitm.cli.output import JsonFlag, plural, print_json, print_table, say, short, tell
+from polar_mitm.cli.output import JsonFlag, plural, print_json, say
 from polar_mitm.cli.reading import StoreOption, chosen, reading
+from polar_mitm.cli.replay_report import is_exact, tell_report
 from polar_mitm.cli.rollout import Job, Outcome, run_rollout
 from polar_mitm.cli.run import install, pairs, workspace
 from polar_mitm.cli.settings import ConfigOption, settings_from
 from polar_mitm.config import Settings
 from polar_mitm.dialects.routes import ERROR_DIALECT
-from polar_mitm.replay import Replay, ReplayReport, Step
+from polar_mitm.replay import Replay
 from polar_mitm.types import ModelCall, Rollout
 from polar_mitm.upstream.engine import EngineInfo
 
@@ -36,7 +37,6 @@ _MIN_TIMEOUT_S = 60.0
 _LATER = 3.0
 """A replay may take this many times as long as what it replays before it counts as stuck."""
 _FORK = ("call_id", "parent_call_id", "continuation", "fallback", "edits")
-_NOTHING_BEFORE = ("first_call", "compacted")
 _PROVIDERS = {dialect: provider for provider, dialect in ERROR_DIALECT.items()}
 
 
@@ -102,7 +102,8 @@ def replay(
     job = _job(recorded, harness, command or [])
     job.env = {**job.env, **pairs(env or [])}
     job.read_only = [*job.read_only, *(path.absolute() for path in read_only or [])]
-    job.timeout_s = timeout or _deadline(recorded)
+    # What an engine takes is nobody's guess; without one, a harness that does not end is stuck.
+    job.timeout_s = timeout or (None if fork_at else _deadline(recorded))
     job.never_visible = [store, *([out] if out else [])]
     job.stdout = sys.stderr.fileno()
     settings = settings_from(config)
@@ -124,10 +125,10 @@ def replay(
     report = playing.report()
     same_end = fork_at is not None or cut_off or outcome.exit_code == recorded.exit_code
     live = _first_live(outcome) if report.forked else None
-    exact = live is None or live.continuation == "exact" or live.fallback in _NOTHING_BEFORE
+    faithful = report.faithful and same_end and (live is None or is_exact(live))
     told = {
         **msgspec.to_builtins(report),
-        "faithful": report.faithful and same_end and exact,
+        "faithful": faithful,
         "fork": live and {name: getattr(live, name) for name in _FORK},
         "exit_code": outcome.exit_code,
         "recorded_exit_code": recorded.exit_code,
@@ -136,10 +137,8 @@ def replay(
     if json:
         print_json(told)
     else:
-        _tell(report, outcome, recorded, same_end)
-        if live is not None and not exact:
-            tell(f"the live part does not go on from the recorded tokens: {live.fallback}", style="red")
-    raise typer.Exit(0 if told["faithful"] else NO)
+        tell_report(report, outcome, recorded, live, faithful)
+    raise typer.Exit(0 if faithful else NO)
 
 
 async def _run(
@@ -235,42 +234,3 @@ def _written(store: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="polar-mitm-replay-") as folder:
         yield Path(folder, "replay.duckdb")
-
-
-def _tell(report: ReplayReport, outcome: Outcome, recorded: Rollout, same_end: bool) -> None:
-    tell(
-        f"replay of rollout {report.rollout_id}  {recorded.harness} {recorded.harness_version}", style="bold"
-    )
-    print_table("request,recorded call,outcome,first divergence", [_row(step) for step in report.steps])
-    for call_id in report.unreached:
-        tell(f"never asked: call {call_id}")
-    if report.forked_at and not report.forked:
-        tell(f"the fork at {report.forked_at} was not reached", style="red")
-    if not same_end:
-        tell(
-            f"the harness ended with {outcome.exit_code}, in the record with {recorded.exit_code}",
-            style="red",
-        )
-    differing = sum(step.outcome in ("diverged", "unmatched") for step in report.steps)
-    verdict = "reached the end without divergence" if not differing and same_end else "did not go as recorded"
-    if report.unreached:
-        verdict = "did not reach the end"
-    if report.forked:
-        verdict = (
-            f"forked at {short(report.forked_at or '')}; rollout {outcome.rollout_id} in {outcome.store}"
-        )
-    tell(
-        f"{report.num_served} of {plural(report.num_recorded, 'recorded call')} served, "
-        f"{plural(differing, 'request')} differing, {outcome.seconds:.1f} s: {verdict}"
-    )
-
-
-def _row(step: Step) -> tuple[Any, ...]:
-    first = step.first
-    text = step.note or ""
-    if first is not None:
-        more = f" and {step.num_divergences - 1} more" if step.num_divergences > 1 else ""
-        text += (
-            f"{'; ' if text else ''}{first.field} {first.kind}: {first.recorded!r} -> {first.live!r}{more}"
-        )
-    return step.number, short(step.recorded or ""), step.outcome, text

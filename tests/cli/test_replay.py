@@ -145,6 +145,23 @@ def test_a_fork(polar: Polar, rollout: dict[str, Any], engine_url: str) -> None:
     assert report["masked"] == {"replayed": report["sampled"] - report["trained"]}
 
 
+def test_a_fork_can_be_replayed_and_forked(polar: Polar, rollout: dict[str, Any], engine_url: str) -> None:
+    """Its answers carry the first rollout's ids, and are found by them."""
+    with open_reader(Path(rollout["store"])) as reader:
+        before = reader.calls()
+    options = ["--fast", "--json", "--engine", engine_url]
+    fork = replay(polar, rollout, *options, "--fork-at", before[1].call_id).json["run"]
+    assert replay(polar, fork, "--fast").code == 0
+    with open_reader(Path(rollout["store"])) as reader:
+        calls = reader.calls(fork["rollout_id"])
+    again = replay(polar, fork, *options, "--fork-at", calls[2].call_id)
+    assert again.code == 0 and again.json["fork"]["continuation"] == "exact", again.json
+    with open_reader(Path(rollout["store"])) as reader:
+        newest = reader.calls(again.json["run"]["rollout_id"])
+        assert [each.sample_index for each in reader.rollouts()] == [0, 1, 2]
+    assert [call.replayed_from for call in newest] == [before[0].call_id, calls[1].call_id, None]
+
+
 @pytest.mark.parametrize(
     ("options", "what"),
     [
