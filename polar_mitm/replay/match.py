@@ -13,7 +13,8 @@ from polar_mitm.dialects.ids import call_id_of
 from polar_mitm.dialects.registry import DIALECTS
 from polar_mitm.errors import PolarError
 from polar_mitm.replay.compare import Divergence, differences
-from polar_mitm.replay.normalise import RULES, Normal, Rule, normalise
+from polar_mitm.replay.normalise import Normal, normalise
+from polar_mitm.replay.rules import RULES, Rule
 from polar_mitm.types import ModelCall, Wire
 
 

@@ -12,7 +12,7 @@ from msgspec import Struct, field
 
 from polar_mitm.replay.compare import Divergence
 from polar_mitm.replay.match import Match, Recording
-from polar_mitm.replay.normalise import RULES, VERSION, Rule
+from polar_mitm.replay.rules import RULES, VERSION, Rule
 from polar_mitm.types import ModelCall, Wire
 
 MAX_DIVERGENCES = 20

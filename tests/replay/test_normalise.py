@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from polar_mitm.replay.compare import differences
-from polar_mitm.replay.normalise import RULES, Normal, Rule, normalise
+from polar_mitm.replay.normalise import Normal, normalise
+from polar_mitm.replay.rules import RULES, Rule
 from polar_mitm.types import Wire
 from tests.replay.requests import wire
 
