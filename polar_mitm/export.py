@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +21,8 @@ import pyarrow.parquet as pq
 from polar_mitm.reconstruct import Trajectory
 from polar_mitm.types import ModelCall
 
-_ROWS_PER_GROUP = 64  # a row may hold 100,000 tokens, and a reader holds a whole group
+_TOKENS_PER_GROUP = 1 << 20  # a reader holds a whole group in memory
+_ROWS_PER_GROUP = 4096
 T = TypeVar("T")
 
 
@@ -148,6 +148,17 @@ def _call_row(call: ModelCall) -> Mapping[str, Any]:
     return row
 
 
+def _group(rows: Iterator[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The next rows, few enough to be held together."""
+    group, num_tokens = [], 0
+    for row in rows:
+        group.append(row)
+        num_tokens += sum(len(row.get(name, ())) for name in ("token_ids", "prompt_token_ids"))
+        if num_tokens >= _TOKENS_PER_GROUP or len(group) == _ROWS_PER_GROUP:
+            break
+    return group
+
+
 def _write(
     items: Iterable[T], to_row: Callable[[T], Mapping[str, Any]], schema: Any, path: Path, force: bool
 ) -> int:
@@ -158,7 +169,7 @@ def _write(
     try:
         with unfinished.open("xb") as file:
             with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-                while rows := [to_row(item) for item in islice(rest, _ROWS_PER_GROUP)]:
+                while rows := _group(map(to_row, rest)):
                     writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
                     num_rows += len(rows)
             file.flush()

@@ -68,7 +68,7 @@ def each_rollout(reader: Selects, rollout_ids: Sequence[str]) -> Iterator[Rollou
         StoreError: the store cannot be read.
     """
     found = reader.sql(
-        "SELECT rollout_id, sum(len(prompt_suffix) + len(completion_token_ids))::BIGINT AS num_tokens "
+        "SELECT rollout_id, sum(num_prompt - prompt_shared)::BIGINT AS num_tokens "
         "FROM stored_calls GROUP BY rollout_id"
     )
     num_tokens = dict(zip(found["rollout_id"].to_pylist(), found["num_tokens"].to_pylist(), strict=True))

@@ -20,19 +20,20 @@ from polar_mitm.types import EgressEvent, ModelCall, Reward, Rollout
 
 _SHARE_WAIT_S = 3.0
 _POLL_S = 0.02
+_SMALL, _LARGE = "256MB", "4GB"  # DuckDB fills what it may; where that does not do, it may have more
 
 
 class _File:
     """The file itself, brought to the newest schema first."""
 
-    def __init__(self, path: Path) -> None:
-        self.con = schema.connect(path, read_only=True)
+    def __init__(self, path: Path, memory: str) -> None:
+        self.con = schema.connect(path, read_only=True, memory=memory)
         try:
             if schema.check_version(self.con) < schema.migrations()[-1].version:
                 self.con.close()
                 with schema.connect(path) as con:
                     schema.migrate(con)
-                self.con = schema.connect(path, read_only=True)
+                self.con = schema.connect(path, read_only=True, memory=memory)
             schema.lock_down(self.con)
         except BaseException:
             self.con.close()
@@ -221,7 +222,7 @@ class StoreReader:
         if live is None:
             if not self.path.exists():
                 raise StoreError(f"there is no store {self.path}")
-            return _File(self.path)
+            return _File(self.path, _SMALL)
         if not live.uri:
             raise schema.StoreLocked(self.path, live.pid)
         remote = _Remote(live)
@@ -237,13 +238,18 @@ class StoreReader:
             raise StoreError("the reader is closed")
         try:
             return self._source.select(query)
+        except duckdb.OutOfMemoryException as error:
+            if isinstance(self._source, _Remote):
+                raise StoreError(str(error)) from error
+            self.close()
+            self._source = _File(self.path, _LARGE)
         except duckdb.IOException as error:
             if isinstance(self._source, _File):
                 raise StoreError(f"{self.path} cannot be read: {error}") from error
+            self.close()  # the recorder has ended: the store is at its file now, or with the next one
+            self.connect()
         except duckdb.Error as error:
             raise StoreError(str(error)) from error
-        self.close()  # the recorder has ended: the store is at its file now, or with the next one
-        self.connect()
         try:
             return self._source.select(query)
         except duckdb.Error as error:

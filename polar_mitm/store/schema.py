@@ -52,8 +52,10 @@ def migrations(folder: Path = _MIGRATIONS) -> list[Migration]:
     ]
 
 
-def connect(path: Path, *, read_only: bool = False) -> duckdb.DuckDBPyConnection:
+def connect(path: Path, *, read_only: bool = False, memory: str = "") -> duckdb.DuckDBPyConnection:
     """A connection of a new DuckDB instance whose default catalog is the store.
+
+    `memory` bounds what DuckDB keeps of the file in memory and what queries take, such as `1GB`.
 
     Raises:
         StoreLocked: another process writes the file.
@@ -62,6 +64,8 @@ def connect(path: Path, *, read_only: bool = False) -> duckdb.DuckDBPyConnection
     """
     quoted = str(path).replace("'", "''")
     options = _OPTIONS | {"temp_directory": f"{path}.tmp"}
+    if memory:
+        options["memory_limit"] = memory
     if not read_only:
         options["threads"] = 1  # commits are small: hand-overs between threads would cost more than they save
     con = duckdb.connect(config=options)

@@ -14,7 +14,7 @@ from polar_mitm.errors import StoreError
 from polar_mitm.reconstruct import build
 from polar_mitm.store import Recorder, StoreReader, open_reader
 from polar_mitm.store.columns import each_rollout, rollout_columns
-from polar_mitm.store.seal import verify_seal
+from polar_mitm.store.seal import seal_rollout, verify_seal
 from polar_mitm.types import Message, Rollout, TextPart, Wire
 from tests.store.calls import call, conversation
 
@@ -32,6 +32,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Recorder(path, share=False) as recorder:
         recorder.rollout(Rollout("r1", status="completed"))
         assert all(recorder.call(c).result() for c in calls)
+    seal_rollout(path, "r1")
     return path
 
 
@@ -51,7 +52,7 @@ def everything(reader: StoreReader) -> None:
     for columns, rollout in zip(each_rollout(reader, ["r1"]), rollouts, strict=False):
         list(build(columns, rollout=rollout)[0])
     reader.calls(wire=True)
-    verify_seal(reader, "r1")
+    assert verify_seal(reader, "r1").ok
     reader.sql("FROM calls")
 
 
@@ -139,7 +140,7 @@ def test_reconstruction_quarantines_and_goes_on(path: Path, sql: str, reasons: d
 
 
 def test_a_capture_goes_on_in_a_store_with_holes(path: Path) -> None:
-    damage(path, "DELETE FROM call_rows WHERE call_id = 'c0001'")
+    damage(path, "DELETE FROM call_rows WHERE call_id = 'c0001'; DELETE FROM seals")
     more = call("more", list(range(60)), [1, 2], seq=9, started_at=99.0)
     with Recorder(path, share=False) as recorder:
         assert recorder.call(more).result() and recorder.incomplete("r1") is None

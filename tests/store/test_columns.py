@@ -112,3 +112,10 @@ def test_a_hole_is_marked(tmp_path: Path, damage: str, lost: list[str]) -> None:
     with open_reader(path) as reader:
         found = rollout_columns(reader, "r1")
     assert [c for c, base in zip(found.call_ids, found.base, strict=True) if base == LOST_BASE] == lost
+
+
+def test_what_a_little_memory_does_not_do_gets_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polar_mitm.store.reader._SMALL", "1MB")
+    made = [call("c", list(range(200_000)), [1])]
+    with open_reader(stored(tmp_path / "s.duckdb", made)) as reader:
+        assert rollout_columns(reader, "r1").suffix.values.size == 200_000

@@ -9,6 +9,7 @@ import pytest
 
 from polar_mitm.errors import StoreError
 from polar_mitm.store import Recorder, open_reader, schema
+from polar_mitm.store.columns import rollout_columns
 from polar_mitm.store.schema import Migration
 from tests.store.calls import call
 
@@ -73,6 +74,30 @@ def test_recorder_and_reader_bring_an_older_store_forward(
         assert reader.sql("FROM ids").to_pylist() == [{"call_id": "c"}]
     with Recorder(path, share=False) as recorder:
         assert recorder.call(call("d")).result()
+
+
+def test_what_the_first_schema_held_is_read_as_ever(tmp_path: Path) -> None:
+    path = tmp_path / "s.duckdb"
+    names = (
+        "rollout_id, seq, dialect, route, status, role, model_requested, model_served, stream, delivered, "
+        "sampling_requested, sampling, notes, usage, started_at, num_prompt"
+    )
+    values = "'r1', 0, 'd', 'r', 'ok', 'main', 'm', 'm', true, true, '{}', '{}', '[]', '{}', 1.5, 2"
+    lists = "prompt_suffix, completion_token_ids, behaviour_logprobs"
+    with schema.connect(path) as con:
+        schema.migrate(con, schema.migrations()[:1])
+        con.execute("INSERT INTO rollout_rows (rollout_id, command, sample_index) VALUES ('r1', '[]', 0)")
+        for into, tokens in (("call_rows", "'a', [1, 2], [3], [-0.5]"), ("call_log", "'b', [], [], []")):
+            con.execute(f"INSERT INTO {into} (call_id, {lists}, {names}) VALUES ({tokens}, {values})")
+    with open_reader(path) as reader:
+        assert reader.schema_version == schema.migrations()[-1].version
+        one, other = reader.calls()
+        assert (one.call_id, one.prompt_token_ids, one.completion_token_ids) == ("a", [1, 2], [3])
+        assert (one.continuation, one.fallback, one.edits, one.tokenizer) == ("none", None, [], "")
+        assert other.call_id == "b" and other.behaviour_logprobs == []
+        (rollout,) = reader.rollouts()
+        assert (rollout.keep_reasoning, rollout.forked_from) == ("template", None)
+        assert list(rollout_columns(reader, "r1").continuation) == ["none", "none"]
 
 
 def test_a_newer_store_is_refused(tmp_path: Path) -> None:
