@@ -193,3 +193,11 @@ def test_nothing_is_added_to_a_sealed_rollout(tmp_path: Path) -> None:
         assert recorder.incomplete("r3") is None
     assert alarms == ["rollout r1 is sealed, and a record that came for it is not kept"]
     assert verified(path).ok
+
+
+def test_a_seal_is_checked_while_a_capture_writes(tmp_path: Path) -> None:
+    path = record(tmp_path / "s.duckdb")
+    digest = seal_rollout(path, "r1").digest
+    with Recorder(path) as recorder:
+        assert recorder.call(call("more", [1, 2], [3], rollout_id="r2")).result()
+        assert verified(path, expected=digest).ok

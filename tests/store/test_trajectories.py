@@ -217,3 +217,13 @@ def test_runs_are_the_mask(mask: list[int]) -> None:
     runs = mask_runs(np.array(mask, np.uint8)).tolist()
     assert [n % 2 for n, length in enumerate(runs) for _ in range(length)] == mask
     assert all(length > 0 for length in runs[1:])
+
+
+def test_batches_of_a_store_that_a_capture_writes(tmp_path: Path) -> None:
+    path = empty(tmp_path / "s.duckdb")
+    write(path, SOME)
+    with Recorder(path), open_reader(path) as reader:
+        batches = list(packed_batches(reader, max_tokens=2003))
+        assert [len(batch.trajectory_ids) for batch in batches] == [1, 2]
+        check(batches[0], SOME[:1])
+        assert [t.trajectory_id for t in stored_trajectories(reader, "r1", "forest")][-1] == "none"
