@@ -67,7 +67,7 @@ class Serving:
         await asyncio.wrap_future(self.recorder.rollout(rollout))
         session = Session(rollout.rollout_id)
         if rollout.rollout_id in self._closed or rollout.rollout_id in self.recorder.found:
-            await asyncio.to_thread(restore, session, self.recorder.path, self.capture.settings)
+            await asyncio.to_thread(restore, session, self.recorder.path, self.engine.tokenizer)
         return session
 
     async def serve(self, session: Session, sockets: list[socket.socket]) -> None:

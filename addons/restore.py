@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from polar_mitm.config import Settings
-from polar_mitm.dialects.registry import DIALECTS
-from polar_mitm.errors import PolarError, StoreError
+from polar_mitm.errors import StoreError
+from polar_mitm.lineage import asked
 from polar_mitm_addons.capture import Session
 
 logger = logging.getLogger(__name__)
 
 
-def restore(session: Session, path: Path, settings: Settings) -> None:
-    """Fill a new session's lineage with the recorded calls. What cannot be read is not continued."""
+def restore(session: Session, path: Path, tokenizer: str) -> None:
+    """Fill a new session's lineage with the recorded calls. What cannot be read is not continued.
+
+    `tokenizer` is the engine's; ids of another one are nothing to it.
+    """
     from polar_mitm.store import open_reader
 
     try:
@@ -23,19 +25,5 @@ def restore(session: Session, path: Path, settings: Settings) -> None:
     except StoreError as error:
         logger.warning("rollout %s goes on, and its earlier calls do not: %s", session.rollout_id, error)
         return
-    for call in calls:
-        session.seq = max(session.seq, call.seq + 1)
-        dialect = DIALECTS.get(call.dialect)
-        if call.status != "ok" or dialect is None:
-            continue
-        headers = {name.lower(): value for name, value in call.wire.request_headers}
-        try:
-            request = dialect.decode(call.wire.request_body, headers, call.wire.path)
-        except PolarError as error:
-            logger.warning("call %s cannot be continued: %s", call.call_id, error.message)
-            continue
-        # The rendering is not in the store; it is the prompt of a call that continued none.
-        plain = call.continuation == "none" and not (
-            settings.keep_reasoning == "always" and any(m.reasoning for m in request.messages)
-        )
-        session.lineage.add(call, request, None if plain else b"")
+    session.seq = max((call.seq + 1 for call in calls), default=0)
+    session.lineage.restore(asked(calls), tokenizer)

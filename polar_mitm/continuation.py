@@ -126,6 +126,8 @@ def _go_on(
     messages = without_reasoning(request.messages) if always else request.messages
     wanted = [render(body if messages is request.messages else body_of(messages))]
     known = parent.prompt_token_ids if parent.rendered is None else parent.rendered
+    if always and parent.rendered is None and any(m.reasoning for m in parent.messages):
+        known = b""  # it was rendered with the reasoning
     if not known:
         wanted.append(render(body_of(messages[: parent.num_messages])))
     whole, *others = yield from _rendered(wanted)

@@ -325,8 +325,6 @@ class Exchange:
         if self._continued.rendered is not None:
             text = self._continued.rendered.text
             rendered = None if self._continued.rendered == self.completion.prompt_token_ids else text
-        elif self._settings.keep_reasoning == "always" and any(m.reasoning for m in self._request.messages):
-            rendered = b""  # continuations are rendered without reasoning: not known
         try:
             self._lineage.add(self.call, self._request, rendered, self.completion.stop_reason)
         except Exception:

@@ -48,7 +48,8 @@ class Known(Struct, eq=False):
     """A call that others may continue.
 
     `prompt_token_ids` [P], `completion_token_ids` [C]. `rendered` is what the engine's template made of its
-    messages, where that is known. `messages` and `tools` are what was asked, `answer` what was said.
+    messages: None where that is its prompt, `b""` where it is not known. `messages` and `tools` are what was
+    asked, `answer` what was said.
     """
 
     call_id: str
@@ -160,7 +161,8 @@ class Lineage:
         """
         for call, request in calls:
             if call.tokenizer == tokenizer:
-                self.add(call, request)
+                # A store has no renderings; that of a call which continues none is its prompt.
+                self.add(call, request, None if call.continuation == "none" else b"")
             else:
                 self._gone[call.replayed_from or call.call_id] = "parent_not_usable"
 

@@ -4,7 +4,8 @@
 
 One interceptor, one engine, the same request bytes on both sides: in one rollout their history's last answer
 is known, in the other it is not, so that the call is rendered by the engine as in any capture. Each request
-is new (a retry would be free); the sides alternate. `verbatim`: the answer has its sampled ids in the
+is new (a retry would be free), and they all continue the same call, which a lineage forgets after some 200
+forks; the sides alternate. `verbatim`: the answer has its sampled ids in the
 rendering; `re-split`: it has others, and both texts are compared.
 """
 
@@ -128,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=16_384, help="tokens of the prompt (default 16384)")
     parser.add_argument("--body-bytes", type=int, default=65_536, help="request size (default 65536)")
-    parser.add_argument("--rounds", type=int, default=200, help="alternating rounds (default 200)")
+    parser.add_argument("--rounds", type=int, default=80, help="alternating rounds (default 80)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
     result = asyncio.run(measure(options.tokens, options.body_bytes, options.rounds))

@@ -105,8 +105,6 @@ class Talk:
         )
         call.answer = self._message(said, call.call_id)
         text = None if continued.rendered is None else continued.rendered.text
-        if text is None and self.keep == "always" and any(m.reasoning for m in request.messages):
-            text = b""
         self.lineage.add(call, request, text, stop)
         self.messages.append(self.echo(call.answer))
         exact = continued.prompt_token_ids is not None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from polar_mitm.store import Recorder, open_reader
 from polar_mitm.upstream.probe import probe
@@ -57,3 +58,19 @@ async def test_a_rollout_is_closed_and_opened_again_in_one_interceptor(tmp_path:
         with open_reader(tmp_path / "store.duckdb") as reader:
             assert exactly(reader.calls("r1"))
             assert [c.seq for c in reader.calls("r1")] == [0, 1]
+
+
+async def test_ids_of_another_tokenizer_are_not_continued(tmp_path: Path) -> None:
+    messages = list[dict[str, Any]]()
+    async with ScriptedEngine(session(CALL, Answer(text="Done."))) as engine:
+        info = await probe(engine.url)
+        for tokenizer in ("one", "another"):
+            with Recorder(tmp_path / "store.duckdb") as store:
+                async with rig(engine.url, store, engine=replace(info, tokenizer=tokenizer)) as r:
+                    harness = Anthropic(await r.box("r1"))
+                    harness.messages = messages
+                    await (harness.results("a.txt") if messages else harness.say("go"))
+    with open_reader(tmp_path / "store.duckdb") as reader:
+        calls = reader.calls("r1")
+    assert [(c.tokenizer, c.continuation) for c in calls] == [("one", "none"), ("another", "none")]
+    assert calls[1].fallback == "parent_not_usable"
