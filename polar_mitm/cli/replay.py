@@ -87,7 +87,7 @@ def replay(
     variables by --env.
 
     --fork-at goes on live from a call, as a new rollout of the same group, on
-    exactly the recorded tokens.
+    exactly the recorded tokens, sampling as recorded unless --config is given.
 
     Exit code 0 if every recorded call was reached and none differed, else 1.
     What the harness prints goes to stderr.
@@ -117,6 +117,8 @@ def replay(
         job.forked_from = f"{recorded.rollout_id}/{fork_at}"
         info = probed(engine or settings.engine, model or settings.engine_model)
         settings = settings.model_copy(update={"keep_reasoning": recorded.keep_reasoning})
+        if config is None:
+            settings = settings.model_copy(update=_sampling(next(c for c in calls if c.call_id == fork_at)))
         _same_tokenizer(calls, info)
     cut_off = recorded.status in ("timeout", "interrupted")
     playing = Replay(recorded.rollout_id, calls, fork_at=fork_at, cut_off=cut_off)
@@ -208,6 +210,15 @@ def _first_live(outcome: Outcome) -> ModelCall | None:
     with reading(outcome.store) as reader:
         calls = reader.calls(outcome.rollout_id, tokens=False)
     return next((call for call in calls if call.replayed_from is None), None)
+
+
+def _sampling(call: ModelCall) -> dict[str, float | int | None]:
+    """The settings that a recorded call was sampled with: a group has one policy."""
+    used = call.sampling
+    if used.temperature is None:  # it never came to sampling
+        return {}
+    cap = used.max_tokens if used.max_tokens != call.sampling_requested.max_tokens else None
+    return {"temperature": used.temperature, "top_p": used.top_p, "top_k": used.top_k, "max_tokens": cap}
 
 
 def _same_tokenizer(calls: Sequence[ModelCall], info: EngineInfo) -> None:

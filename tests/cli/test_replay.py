@@ -145,6 +145,21 @@ def test_a_fork(polar: Polar, rollout: dict[str, Any], engine_url: str) -> None:
     assert report["masked"] == {"replayed": report["sampled"] - report["trained"]}
 
 
+def test_a_fork_samples_as_its_group_did(polar: Polar, tmp_path: Path, engine_url: str) -> None:
+    (tmp_path / "hot.toml").write_text("temperature = 0.25\ntop_k = 7\n")
+    options = ["--store", tmp_path / "hot.duckdb", "--engine", engine_url, "--json"]
+    hot = ["--config", tmp_path / "hot.toml", "--max-tokens", 30]
+    told = polar("run", *options, *hot, "--", *COMMAND)
+    with open_reader(tmp_path / "hot.duckdb") as reader:
+        before = reader.calls()
+    forked = polar("replay", told.json["rollout_id"], *options, "--fast", "--fork-at", before[1].call_id)
+    assert forked.code == 0, forked.err
+    with open_reader(tmp_path / "hot.duckdb") as reader:
+        fork = reader.calls(forked.json["run"]["rollout_id"])
+    assert [call.sampling for call in fork] == [call.sampling for call in before]
+    assert before[1].sampling.max_tokens == 30 and before[1].sampling.temperature == 0.25
+
+
 def test_a_fork_can_be_replayed_and_forked(polar: Polar, rollout: dict[str, Any], engine_url: str) -> None:
     """Its answers carry the first rollout's ids, and are found by them."""
     with open_reader(Path(rollout["store"])) as reader:
