@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     head_timeout_s: float = 50.0  # below the 60 s after which the least patient harness gives up
     head_grace_s: float = 2.0  # how long a 200 is held back, so that a broken engine is still a 529
     idle_timeout_s: float = 600.0
-    render_timeout_s: float = 10.0  # a rendering that takes longer is done without
+    render_timeout_s: float = 5.0  # a rendering that takes longer is done without
     keepalive_s: float = 10.0
     retry_after_s: int = 5
 
