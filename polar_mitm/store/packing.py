@@ -62,7 +62,7 @@ class CallPacker:
         _, answer_frame = pack(rows.answer_json(call.answer), known, NO_BASE)
         base_id = base.call_id if base else None
         logged = rows.logged(
-            *rows.call_row(call, parent.call_id if parent and shared else None, shared),
+            *rows.call_row(call, known, parent.call_id if parent and shared else None, shared),
             *rows.wire_row(call.wire, known, base_id, request_frame, upstream_frame, response_frame),
             msgspec.Raw(b"[%b]" % suffix),
             msgspec.Raw(b"[%b]" % completion),

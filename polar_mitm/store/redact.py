@@ -1,16 +1,19 @@
 """Secrets out of recorded traffic, before it is stored. Pure functions.
 
 What is replaced: the values of credential headers; those same values wherever else they occur in the
-exchange; tokens of well-known shapes; credentials in query parameters. A replacement reads
+exchange, also in base64 or with JSON's escaped slashes; tokens of well-known shapes; credentials in query
+parameters. A replacement reads
 `<redacted:LENGTH:DIGEST>`, the digest being the first 8 hex digits of the secret's SHA-256, so that equal
 secrets stay recognisably equal.
 
 What is not: token ids. They are what the policy saw, so a secret inside a prompt stays in them. Nor a secret
-that a stream cuts into several events.
+that a stream cuts into several events, or that is spelt in another way (`\\u0073k-...`).
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import re
 from functools import lru_cache
@@ -25,7 +28,9 @@ _MIN_SECRET = 8
 _SECRET_HEADER = re.compile(
     r"(?:proxy-)?authorization|(?:x-)?api-key|x-goog-api-key|(?:set-)?cookie|.*token(?!s).*|.*secret.*", re.I
 )
-_SECRET_QUERY = re.compile(rb"(?<=[?&])((?:api_)?key|access_token)=([^&#]+)", re.I)
+_SECRET_QUERY = re.compile(
+    rb"(?<=[?&])((?:[\w.-]*(?:api[_-]?key|token|secret|password|signature))|key|auth|sig)=([^&#\s]+)", re.I
+)
 # A secret starts a word; in JSON text a word may follow an escape such as \n.
 _START = rb"(?:(?<![A-Za-z0-9_-])|(?<=\\[nrt])|(?<=\\u[0-9A-Fa-f]{4}))"
 _SHAPES = re.compile(
@@ -54,10 +59,30 @@ def credentials(wire: Wire) -> tuple[bytes, ...]:
         elif name.lower() == "set-cookie":
             found.add(value.partition(";")[0].partition("=")[2])
         else:
-            found.add(value.strip().rpartition(" ")[2])
-    secrets = (_utf8(s.strip(' "')) for s in found)
+            scheme, _, credential = value.strip().rpartition(" ")
+            found.add(credential)
+            if scheme.lower() == "basic":
+                found.add(_password(credential))
+    secrets = {_utf8(s.strip(' "')) for s in found}
     return tuple(
         sorted((s for s in secrets if len(s) >= _MIN_SECRET and b'"' not in s), key=lambda s: (-len(s), s))
+    )
+
+
+def _password(basic: str) -> str:
+    """The password in the credentials of HTTP's Basic scheme (RFC 7617)."""
+    try:
+        return base64.b64decode(basic).decode("utf-8", "replace").partition(":")[2]
+    except (binascii.Error, ValueError):
+        return ""
+
+
+@lru_cache(maxsize=1024)
+def _spellings(secret: bytes) -> frozenset[bytes]:
+    """A secret, and how else it may stand in a body."""
+    encoded = base64.b64encode(secret).rstrip(b"=")
+    return frozenset(
+        (secret, secret.replace(b"/", b"\\/"), encoded, encoded.replace(b"+", b"-").replace(b"/", b"_"))
     )
 
 
@@ -65,6 +90,14 @@ def redact_path(path: str, known: tuple[bytes, ...]) -> str:
     """A request target without credentials in its query."""
     data = _SECRET_QUERY.sub(lambda m: m[1] + b"=" + _mark(m[2]), _utf8(path))
     return redact_body(data, known).decode("utf-8", "replace")
+
+
+def redact_texts(texts: list[str | None], known: tuple[bytes, ...]) -> list[str | None]:
+    """Short texts, of which most have no secret; the same list where none has."""
+    joined = _utf8("\n".join(text or "" for text in texts))
+    if redact_body(joined, known) is joined:
+        return texts
+    return [text and redact_body(_utf8(text), known).decode("utf-8", "replace") for text in texts]
 
 
 def redact_headers(items: list[tuple[str, str]], known: tuple[bytes, ...]) -> list[tuple[str, str]]:
@@ -79,8 +112,9 @@ def redact_headers(items: list[tuple[str, str]], known: tuple[bytes, ...]) -> li
 def redact_body(body: bytes, known: tuple[bytes, ...]) -> bytes:
     """`body` without the `known` secrets and what looks like one; the same object when it has none."""
     for secret in known:
-        if secret in body:
-            body = body.replace(secret, _mark(secret))
+        for spelling in _spellings(secret):
+            if spelling in body:
+                body = body.replace(spelling, _mark(secret))
     out: list[bytes] = []
     done = 0
     for start in _suspects(body):

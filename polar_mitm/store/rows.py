@@ -13,7 +13,7 @@ import pyarrow.dataset  # DuckDB needs it at its first scan, when a capture is a
 
 from polar_mitm.errors import StoreError
 from polar_mitm.store.chains import Link
-from polar_mitm.store.redact import redact_body, redact_headers, redact_path
+from polar_mitm.store.redact import redact_body, redact_headers, redact_path, redact_texts
 from polar_mitm.types import (
     Continuation,
     EgressEvent,
@@ -92,27 +92,40 @@ _JSON_FIELDS = {"sampling_requested": Sampling, "sampling": Sampling, "notes": l
 _json = msgspec.json.Encoder()
 
 
-def call_row(call: ModelCall, prompt_parent_id: str | None, prompt_shared: int) -> Row:
-    """The part of a call's row that `CALL` describes."""
+def call_row(
+    call: ModelCall, known: tuple[bytes, ...], prompt_parent_id: str | None, prompt_shared: int
+) -> Row:
+    """The part of a call's row that `CALL` describes; `known` secrets are removed from what others wrote."""
+    route, model, error, asked, used, notes = redact_texts(
+        [
+            _text(call.route),
+            _text(call.model_requested),
+            _text(call.error),
+            _as_json(call.sampling_requested),
+            _as_json(call.sampling),
+            _as_json(call.notes),
+        ],
+        known,
+    )
     return (
         call.call_id,
         call.rollout_id,
         call.seq,
         call.dialect,
-        _text(call.route),
+        route,
         call.status,
-        _text(call.model_requested),
+        model,
         _text(call.model_served),
         call.role,
         call.parent_call_id,
         call.stream,
         call.delivered,
         call.finish_reason,
-        _text(call.error),
+        error,
         _text(call.policy_version),
-        _as_json(call.sampling_requested),
-        _as_json(call.sampling),
-        _as_json(call.notes),
+        asked,
+        used,
+        notes,
         _as_json(call.usage),
         call.started_at,
         call.first_token_at,
@@ -156,8 +169,12 @@ def answer_of(body: bytes) -> Message | None:
 
 def floats(values: Sequence[float]) -> Sequence[float | str]:
     """Logprobs as JSON can hold them. Raises TypeError or OverflowError for what FLOAT cannot."""
-    array.array("f", values)
-    return values if all(map(math.isfinite, values)) else [v if math.isfinite(v) else str(v) for v in values]
+    narrow = array.array("f", values)
+    if all(map(math.isfinite, narrow)):
+        return values
+    if any(math.isfinite(v) and not math.isfinite(n) for v, n in zip(values, narrow, strict=True)):
+        raise OverflowError("a logprob is beyond what FLOAT can hold")
+    return [v if math.isfinite(v) else str(v) for v in values]
 
 
 def logged(*row: Any) -> str:
@@ -214,9 +231,15 @@ def rollout_row(r: Rollout, incomplete: str | None) -> Row:
     return tuple(_text(v) if isinstance(v, str) else v for v in row.values())
 
 
-def plain_row(record: Reward | EgressEvent, columns: Columns) -> Row:
-    """The row of a record whose fields are its columns."""
-    return tuple(_text(v) if isinstance(v, str) else v for v in (getattr(record, name) for name in columns))
+def reward_row(r: Reward) -> Row:
+    """The row of a reward: its fields are the columns."""
+    return tuple(_text(v) if isinstance(v, str) else v for v in (getattr(r, name) for name in REWARD))
+
+
+def egress_row(e: EgressEvent) -> Row:
+    """The row of an event, without credentials in what it names."""
+    name, detail = (redact_path(_text(text) or "", ()) for text in (e.name, e.detail))
+    return e.rollout_id, e.at, e.verdict, e.layer, name, detail
 
 
 class Source:
@@ -337,5 +360,7 @@ def _scrub(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_scrub(v) for v in value]
     if isinstance(value, msgspec.Struct):
-        return {k: _scrub(v) for k, v in msgspec.structs.asdict(value).items() if v is not None}
+        kind = value.__struct_config__
+        tag = {kind.tag_field: kind.tag} if kind.tag_field else {}
+        return tag | {k: _scrub(v) for k, v in msgspec.structs.asdict(value).items() if v is not None}
     return value

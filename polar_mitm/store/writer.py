@@ -118,8 +118,8 @@ class StoreWriter:
             (_UPSERT, "new_rollouts", list(rollouts.values())),
             (_MARK, "new_rollouts", marks),
             (_INSERT_CALLS, "new_calls", [(call,) for call in batch.calls]),
-            (_INSERT_REWARDS, "new_rewards", [rows.plain_row(r, rows.REWARD) for r in batch.rewards]),
-            (_INSERT_EGRESS, "new_egress", [rows.plain_row(e, rows.EGRESS) for e in batch.egress]),
+            (_INSERT_REWARDS, "new_rewards", [rows.reward_row(r) for r in batch.rewards]),
+            (_INSERT_EGRESS, "new_egress", [rows.egress_row(e) for e in batch.egress]),
         ]
         steps = [step for step in steps if step[2]]
         try:

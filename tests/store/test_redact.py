@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from polar_mitm.store import Recorder, open_reader
 from polar_mitm.store.bodies import NO_BASE, Base, Packer, cut, unpack
 from polar_mitm.store.redact import credentials, redact_body, redact_headers, redact_path
-from polar_mitm.types import Rollout, Wire
+from polar_mitm.types import EgressEvent, Rollout, Sampling, Wire
 from tests.store.calls import call
 
 PEM = "-----BEGIN RSA PRIVATE KEY-----\\nMIIEow" + "IBAAKC" * 20 + "\\n-----END RSA PRIVATE KEY-----"
@@ -97,7 +98,46 @@ def test_known_secrets_go_wherever_they_are() -> None:
     assert redact_headers([("referer", f"/?x={secret}")], known) == [("referer", f"/?x={mark(secret)}")]
 
 
-@pytest.mark.parametrize("name", ["key", "api_key", "access_token", "API_KEY"])
+def test_a_known_secret_goes_however_it_is_spelt() -> None:
+    secret = b"a/secret+of/ours~"
+    spelt = [secret, secret.replace(b"/", b"\\/"), base64.b64encode(secret)]
+    for each in (*spelt, spelt[2].replace(b"+", b"-").replace(b"/", b"_")):
+        assert mark(secret.decode()).encode() in redact_body(b'{"x": "' + each + b'"}', (secret,))
+
+
+def test_the_password_of_a_basic_authorization() -> None:
+    basic = base64.b64encode(b"user:a long password").decode()
+    wire = Wire(request_headers=[("authorization", f"Basic {basic}")])
+    assert credentials(wire) == tuple(sorted((basic.encode(), b"a long password"), key=lambda s: -len(s)))
+
+
+def test_what_others_wrote_into_a_record_keeps_no_secret(tmp_path: Path) -> None:
+    """An engine's error repeats what it was sent; a harness may put anything anywhere."""
+    secret, shaped = "the-harness-key-123", "sk-ant-0123456789abcdef"
+    path = tmp_path / "s.duckdb"
+    odd = call("c", error=f"bad: {secret}", notes=[f"withheld:{shaped}"], model_requested=secret)
+    odd.sampling = odd.sampling_requested = Sampling(stop=[secret])
+    odd.route = f"POST /v1/{shaped}"
+    odd.wire.request_headers = [("x-api-key", secret)]
+    event = EgressEvent("r1", 1.0, "refused", "path", f"GET host/x?token={secret}", f"said {shaped}")
+    with Recorder(path, share=False) as recorder:
+        assert recorder.call(odd).result()
+        recorder.egress(event)
+        held = path.read_bytes() + path.with_name(path.name + ".wal").read_bytes()
+        assert secret.encode() not in held and shaped.encode() not in held
+    held = path.read_bytes()
+    assert secret.encode() not in held and shaped.encode() not in held
+    with open_reader(path) as reader:
+        (found,) = reader.calls()
+        (seen,) = reader.egress()
+    assert found.error == f"bad: {mark(secret)}" and found.sampling.stop == [mark(secret)]
+    assert seen.name == f"GET host/x?token={mark(secret)}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["key", "api_key", "access_token", "API_KEY", "apikey", "token", "auth", "client_secret", "api-key"],
+)
 def test_query_parameters(name: str) -> None:
     assert (
         redact_path(f"/v1beta/m?alt=sse&{name}=hunter2&x=1", ())

@@ -251,12 +251,14 @@ def test_text_that_utf8_cannot_hold_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "s.duckdb"
     odd = call("c", error="half \ud83d", notes=["\udc00"], sampling=Sampling(stop=["\ud800"]))
     odd.wire.request_headers = [("x", "\ud800y")]
+    odd.answer = Message("assistant", [TextPart("\ud800 said")])
     with Recorder(path, share=False) as recorder:
         assert recorder.call(odd).result()
     with open_reader(path) as reader:
         (found,) = reader.calls(wire=True)
     assert (found.error, found.notes, found.sampling.stop) == ("half ?", ["?"], ["?"])
     assert found.wire.request_headers == [("x", "?y")]
+    assert found.answer == Message("assistant", [TextPart("? said")])
 
 
 def test_compaction_keeps_everything_and_leaves_integer_lists(

@@ -257,6 +257,7 @@ def test_records_that_cannot_be_stored_harm_no_others(tmp_path: Path) -> None:
         call("id", [2**31], rollout_id="bad1"),
         call("float", [1.5], rollout_id="bad2"),  # type: ignore[list-item]
         call("none", [1], [1], rollout_id="bad3", behaviour_logprobs=[None]),
+        call("huge", [1], [1], rollout_id="bad8", behaviour_logprobs=[-1e39]),
         call("seq", [1], rollout_id="bad4", seq=2**70),
         call("flag", [1], rollout_id="bad5", stream="yes"),
         call("sizes", [1], rollout_id="bad6", wire=Wire(chunk_at_ms=["x"])),  # type: ignore[list-item]
@@ -274,13 +275,24 @@ def test_records_that_cannot_be_stored_harm_no_others(tmp_path: Path) -> None:
         assert recorder.rollout(Rollout("bad1", status="completed")).result()
         assert recorder.incomplete("bad7")
     assert [name for name, stored in results.items() if not stored] == [
-        "id", "float", "none", "seq", "flag", "rollout",
+        "id", "float", "none", "huge", "seq", "flag", "rollout",
     ]  # fmt: skip
     assert alarms
     with open_reader(path) as reader:
         assert reader.calls("r1") == good
         marked = {r.rollout_id: r.status for r in reader.rollouts() if r.incomplete}
         assert set(marked) >= {"bad1", "bad4", "bad7"} and marked["bad1"] == "completed"
+
+
+def test_a_value_that_its_column_cannot_hold_hides_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "s.duckdb"
+    with Recorder(path, share=False) as recorder:
+        assert recorder.call(call("a", [1], [2])).result()
+    odd = '{"call_id": "odd", "rollout_id": "r1", "seq": 1e99, "behaviour_logprobs": [1e39]}'
+    with duckdb.connect(str(path)) as con:
+        con.execute("INSERT INTO call_log VALUES (?)", [odd])
+        found = con.execute("SELECT call_id, seq FROM stored_calls ORDER BY call_id").fetchall()
+    assert found == [("a", 0), ("odd", None)]
 
 
 def test_a_call_is_stored_once(tmp_path: Path) -> None:
