@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polar_mitm.cli.exits import fail
+from polar_mitm.cli.output import plural, say
 from polar_mitm.types import Rollout
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ RolloutOption = Annotated[
     str | None,
     typer.Option("--rollout", "-r", metavar="ID", help="Only this rollout: its id, or the end of it."),
 ]
+_NUM_NAMED = 5
 
 
 class BuilderName(StrEnum):
@@ -69,3 +71,12 @@ def chosen(reader: StoreReader, rollout: str | None) -> list[Rollout]:
     if not alike:
         fail(f"--rollout: {reader.path} has no rollout {rollout!r} (`polar-mitm calls` lists them)")
     return alike
+
+
+def tell_incomplete(rollouts: Sequence[Rollout]) -> None:
+    """Which of them are never trained on, and why."""
+    told = [r for r in rollouts if r.incomplete]
+    for each in told[:_NUM_NAMED]:
+        say(f"rollout {each.rollout_id} is never trained on: {each.incomplete}", style="yellow")
+    if len(told) > _NUM_NAMED:
+        say(f"... and {plural(len(told) - _NUM_NAMED, 'rollout')} more", style="yellow")

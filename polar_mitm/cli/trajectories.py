@@ -13,7 +13,15 @@ import typer
 
 from polar_mitm.cli.exits import NO, fail
 from polar_mitm.cli.output import JsonFlag, counted, plural, print_json, print_table, say, short, tell
-from polar_mitm.cli.reading import BuilderName, BuilderOption, RolloutOption, StoreOption, chosen, reading
+from polar_mitm.cli.reading import (
+    BuilderName,
+    BuilderOption,
+    RolloutOption,
+    StoreOption,
+    chosen,
+    reading,
+    tell_incomplete,
+)
 from polar_mitm.types import Rollout
 
 if TYPE_CHECKING:
@@ -243,6 +251,7 @@ def _build(
     from polar_mitm.reconstruct import build
     from polar_mitm.store.columns import each_rollout
 
+    tell_incomplete(rollouts)
     columns = each_rollout(source, [each.rollout_id for each in rollouts])
     for each, calls in zip(counted(rollouts, "reconstructing"), columns, strict=True):
         trajectories, report = build(

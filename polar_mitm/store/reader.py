@@ -20,6 +20,12 @@ from polar_mitm.types import EgressEvent, ModelCall, Reward, Rollout
 
 _SHARE_WAIT_S = 3.0
 _POLL_S = 0.02
+_LOST_RECORD = "its own record is missing"
+_LOST = """
+    SELECT rollout_id, coalesce(min(started_at), 0.0) AS started_at FROM (
+        SELECT rollout_id, started_at FROM stored_calls UNION ALL SELECT rollout_id, sealed_at FROM seals
+    ) ANTI JOIN rollout_rows USING (rollout_id) GROUP BY rollout_id
+"""
 _SMALL, _LARGE = "256MB", "4GB"  # DuckDB fills what it may; where that does not do, it may have more
 
 
@@ -133,7 +139,10 @@ class StoreReader:
             raise StoreError(f"{self.path} cannot be read: {error}") from error
 
     def rollouts(self) -> list[Rollout]:
-        """All rollouts, oldest first. One that runs while nobody records was killed with its capture."""
+        """All rollouts, oldest first. One that runs while nobody records was killed with its capture.
+
+        One whose own record is lost, while calls or a seal of it are there, is listed as incomplete.
+        """
         found = self._select("FROM rollouts ORDER BY started_at, rollout_id").to_pylist()
         rollouts = [Rollout(**r) for r in found]
         if isinstance(self._source, _File):
@@ -141,7 +150,9 @@ class StoreReader:
                 if rollout.status == "running":
                     rollout.status, rollout.stop_reason = "interrupted", rows.KILLED_STOP_REASON
                     rollout.incomplete = rollout.incomplete or rows.KILLED_INCOMPLETE
-        return rollouts
+        for row in self._select(_LOST).to_pylist():
+            rollouts.append(Rollout(**row, status="interrupted", incomplete=_LOST_RECORD))
+        return sorted(rollouts, key=lambda r: (r.started_at or 0.0, r.rollout_id))
 
     def rewards(self) -> list[Reward]:
         """All verdicts, oldest first."""

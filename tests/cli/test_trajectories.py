@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import duckdb
 import pyarrow.parquet as pq
 import pytest
 
@@ -118,3 +119,14 @@ def test_only_one_rollout_is_rewritten(polar: Polar, tmp_path: Path) -> None:
     with open_reader(path) as reader:
         rows = reader.sql("SELECT rollout_id FROM trajectories ORDER BY trajectory_no").to_pylist()
     assert [row["rollout_id"] for row in rows] == ["rollout-A", "rollout-B"]
+
+
+def test_a_rollout_whose_own_record_is_lost_is_named(polar: Polar, continued: Path, tmp_path: Path) -> None:
+    with duckdb.connect(continued) as con:
+        con.execute("DELETE FROM rollout_rows")
+    told = polar("reconstruct", "-s", continued, "--json")
+    assert told.json["accounting"] == {"sampled": 13, "trained": 0, "masked": 0, "quarantined": 13}
+    for command in (["reconstruct"], ["export", "-o", tmp_path / "t.parquet"]):
+        assert "rollout-A is never trained on: its own record is missing" in polar(
+            *command, "-s", continued
+        ).err.replace("\n", " ")

@@ -181,3 +181,19 @@ def test_a_damaged_file_is_an_error_that_names_it(
             refused += 1
             assert str(path) in str(error)
     assert refused > 0
+
+
+def test_a_rollout_whose_own_record_is_lost_is_listed_and_quarantined(path: Path) -> None:
+    damage(path, "DELETE FROM rollout_rows")
+    with open_reader(path) as reader:
+        (rollout,) = reader.rollouts()
+        assert (rollout.rollout_id, rollout.incomplete) == ("r1", "its own record is missing")
+        _, report = build(rollout_columns(reader, "r1"), rollout=rollout)
+    assert (report.sampled, report.trained) == (15, 0) and set(report.quarantined) == {"incomplete_rollout"}
+
+
+def test_a_rollout_of_which_only_the_seal_is_left_is_listed(path: Path) -> None:
+    damage(path, "DELETE FROM rollout_rows")
+    damage(path, "DELETE FROM call_rows")
+    with open_reader(path) as reader:
+        assert [(r.rollout_id, bool(r.incomplete)) for r in reader.rollouts()] == [("r1", True)]
