@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from polar_mitm.types import EgressEvent, ModelCall, Reward, Rollout
 _SHARE_WAIT_S = 3.0
 _POLL_S = 0.02
 _LOST_RECORD = "its own record is missing"
+_TWO_RECORDS = "two records claim to be this rollout"
 _LOST = """
     SELECT rollout_id, coalesce(min(started_at), 0.0) AS started_at FROM (
         SELECT rollout_id, started_at FROM stored_calls UNION ALL SELECT rollout_id, sealed_at FROM seals
@@ -141,15 +143,20 @@ class StoreReader:
     def rollouts(self) -> list[Rollout]:
         """All rollouts, oldest first. One that runs while nobody records was killed with its capture.
 
-        One whose own record is lost, while calls or a seal of it are there, is listed as incomplete.
+        One whose own record is lost, while calls or a seal of it are there, is listed as incomplete, and so
+        is, once, one that several records claim to be.
         """
         found = self._select("FROM rollouts ORDER BY started_at, rollout_id").to_pylist()
-        rollouts = [Rollout(**r) for r in found]
+        rollouts = list({r["rollout_id"]: Rollout(**r) for r in reversed(found)}.values())
+        copies = Counter(r["rollout_id"] for r in found)
         if isinstance(self._source, _File):
             for rollout in rollouts:
                 if rollout.status == "running":
                     rollout.status, rollout.stop_reason = "interrupted", rows.KILLED_STOP_REASON
                     rollout.incomplete = rollout.incomplete or rows.KILLED_INCOMPLETE
+        for rollout in rollouts:
+            if copies[rollout.rollout_id] > 1:
+                rollout.incomplete = _TWO_RECORDS
         for row in self._select(_LOST).to_pylist():
             rollouts.append(Rollout(**row, status="interrupted", incomplete=_LOST_RECORD))
         return sorted(rollouts, key=lambda r: (r.started_at or 0.0, r.rollout_id))

@@ -197,3 +197,12 @@ def test_a_rollout_of_which_only_the_seal_is_left_is_listed(path: Path) -> None:
     damage(path, "DELETE FROM call_rows")
     with open_reader(path) as reader:
         assert [(r.rollout_id, bool(r.incomplete)) for r in reader.rollouts()] == [("r1", True)]
+
+
+def test_a_rollout_that_two_records_claim_to_be_is_listed_once_and_quarantined(path: Path) -> None:
+    damage(path, "INSERT INTO rollout_rows SELECT * REPLACE ('failed' AS status) FROM rollout_rows")
+    with open_reader(path) as reader:
+        (rollout,) = reader.rollouts()
+        assert (rollout.rollout_id, rollout.incomplete) == ("r1", "two records claim to be this rollout")
+        _, report = build(rollout_columns(reader, "r1"), rollout=rollout)
+    assert (report.sampled, report.trained) == (15, 0) and set(report.quarantined) == {"incomplete_rollout"}
