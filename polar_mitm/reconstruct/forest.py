@@ -1,7 +1,8 @@
 """Which call continues which: the ids decide.
 
 The parent of a call is the call whose cumulative ids (prompt + completion) are the longest proper prefix of
-its prompt. Recorded lineage only chooses between calls whose cumulative ids are equal.
+its prompt. Recorded lineage only chooses between calls whose cumulative ids are equal, and is evidence that the
+thread of a delivered answer went on where the ids did not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from polar_mitm.reconstruct.trie import ROOT, Trie
 
 NO_PARENT = -1
 _ROOT_ROLES = ("auxiliary", "compaction")
+_GUESSED = "ambiguous"  # the fallback with which lineage names one of several calls
 
 
 @dataclass(slots=True)
@@ -89,9 +91,15 @@ def _mark_orphans(
 ) -> list[bool]:
     """Among calls of one role with identical prompts, those that did not live on.
 
-    Alive are the extended ones; where none was, the delivered ones; where none was either, the last one
-    started, since each retry gave up on the answer before it. A call with a prompt of its own is alive.
+    Alive are those whose thread went on: the extended ones, and the delivered ones that a call names as its
+    parent. Where there is none, the delivered ones; where none was either, the last one started, since each
+    retry gave up on the answer before it. A call with a prompt of its own is alive.
     """
+    named = {columns.parent_call_id[row] for row in rows if columns.fallback[row] != _GUESSED}
+
+    def went_on(row: int) -> bool:
+        return columns.delivered[row] and columns.call_ids[row] in named
+
     siblings: dict[tuple[str, int], list[int]] = {}
     for row in rows:
         siblings.setdefault((columns.role[row], prompts[row]), []).append(row)
@@ -99,7 +107,7 @@ def _mark_orphans(
     for group in siblings.values():
         if len(group) > 1:
             alive = (
-                {row for row in group if row in extended}
+                {row for row in group if row in extended or went_on(row)}
                 or {row for row in group if columns.delivered[row]}
                 or {group[-1]}
             )

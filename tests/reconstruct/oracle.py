@@ -37,11 +37,13 @@ def expected(
     """
     parents = {c.call_id: parent_of(c, calls) for c in calls}
     extended = {p.call_id for p in parents.values() if p}
+    named = {c.parent_call_id for c in calls if c.fallback != "ambiguous"}
+    went_on = extended | {c.call_id for c in calls if c.delivered and c.call_id in named}
     orphans = set()
     for one in calls:
         same = [o for o in calls if (o.role, o.prompt_token_ids) == (one.role, one.prompt_token_ids)]
-        if any(o.call_id in extended for o in same):
-            alive = one.call_id in extended
+        if any(o.call_id in went_on for o in same):
+            alive = one.call_id in went_on
         elif any(o.delivered for o in same):
             alive = one.delivered
         else:

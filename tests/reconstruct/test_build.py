@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from polar_mitm.reconstruct import build
 from polar_mitm.types import Rollout
@@ -37,6 +38,27 @@ def test_extension_outweighs_delivery() -> None:
     c = follow("c", a, [4], [12])
     trajectories, _ = checked([a, b, c])
     assert paths(trajectories) == {"c": "ac", "b": "b"} and reasons(trajectories) == {("b", "b"): "orphan"}
+
+
+def test_a_delivered_sibling_that_a_call_names_as_parent_is_alive() -> None:
+    """Parallel threads, both of which went on: one by its ids, the other rendered anew."""
+    a, b = call("a", SYSTEM, [10]), call("b", SYSTEM, [11])
+    by_ids = follow("c", a, [4], [12], parent_call_id="a")
+    anew = call("d", [*SYSTEM, 91, 4], [13], parent_call_id="b", fallback="text_differs")
+    trajectories, report = checked([a, b, by_ids, anew])
+    assert paths(trajectories) == {"b": "b", "c": "ac", "d": "d"}
+    assert report.trained == 4 and report.masked == {}
+    _, alone = checked([a, b, anew])
+    assert alone.masked == {"orphan": 1}, "of two delivered ones, the one whose thread went on"
+
+
+def test_a_sibling_that_was_not_delivered_or_only_named_at_a_guess_is_an_orphan() -> None:
+    a, b = call("a", SYSTEM, [10]), call("b", SYSTEM, [11])
+    by_ids = follow("c", a, [4], [12], parent_call_id="a")
+    anew = call("d", [*SYSTEM, 91, 4], [13], parent_call_id="b", fallback="text_differs")
+    for named in ([replace(b, delivered=False), anew], [b, replace(anew, fallback="ambiguous")]):
+        assert checked([a, by_ids, *named])[1].masked == {"orphan": 1}
+    assert checked([a, b, replace(anew, status="failed"), by_ids])[1].masked == {"orphan": 1}, "not admitted"
 
 
 def test_retries_of_which_none_arrived_leave_the_last_one_alive() -> None:

@@ -58,6 +58,7 @@ def conversations(draw: st.DrawFn) -> list[ModelCall]:
                 finish_reason=draw(st.sampled_from(["stop", "tool_calls", "length", None])),
                 role=draw(st.sampled_from(["main"] * 4 + ["subagent"] * 2 + ["auxiliary", "compaction"])),
                 parent_call_id=draw(st.none() | st.sampled_from(NAMES)),
+                fallback=draw(st.sampled_from([None, "text_differs", "ambiguous"])),
             )
         )
     return calls
