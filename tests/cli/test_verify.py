@@ -120,6 +120,18 @@ def test_one_changed_byte_in_a_sealed_store_is_found(polar: Polar, copy: Path) -
     assert f"rollout rollout-A: {fault}" in done.out and "seals: 0 of 1 hold" in done.out
 
 
+@pytest.mark.parametrize("tables", [["rollout_rows"], ["rollout_rows", "call_rows", "egress"]])
+def test_a_sealed_rollout_whose_record_is_gone_is_named(polar: Polar, copy: Path, tables: list[str]) -> None:
+    seal_rollout(copy, "rollout-A")
+    seal_rollout(copy, "rollout-B")
+    with duckdb.connect(copy) as con:
+        for table in tables:
+            con.execute(f"DELETE FROM {table} WHERE rollout_id = 'rollout-A'")
+    done = polar("verify", copy, "--seal")
+    assert done.code == 1
+    assert "rollout rollout-A: rollout rollout-A was removed" in done.out and "seals: 1 of 2 hold" in done.out
+
+
 def test_what_was_never_sealed_does_not_pass_for_sealed(polar: Polar, store: Path) -> None:
     code, [seal] = seals(polar, store)
     assert (code, seal["ok"], seal["fault"]) == (1, False, "it was never sealed")
