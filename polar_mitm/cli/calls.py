@@ -128,12 +128,17 @@ def counts_of(reader: Any) -> dict[str, Count]:
     return {row["call_id"]: (row["num_prompt"], row["num_sampled"]) for row in found}
 
 
+_MIN_SECONDS = 0.05
+
+
 def tokens_per_s(found: Iterable[ModelCall], counts: dict[str, Count]) -> float | None:
-    """Sampled tokens per second of generation, first token to end."""
+    """Sampled tokens per second of generation, first token to end; None for too short a time to tell."""
     timed = [c for c in found if c.first_token_at and c.ended_at and c.ended_at > c.first_token_at]
     seconds = sum((c.ended_at or 0) - (c.first_token_at or 0) for c in timed)
-    rate = sum(counts[c.call_id][1] for c in timed) / seconds if timed else None
-    return rate if rate is None else round(rate) if rate >= 100 else round(rate, 1)
+    if seconds < _MIN_SECONDS:
+        return None
+    rate = sum(counts[c.call_id][1] for c in timed) / seconds
+    return round(rate) if rate >= 100 else round(rate, 1)
 
 
 def brief(call: ModelCall, num_prompt: int, num_sampled: int) -> dict[str, Any]:
