@@ -26,6 +26,7 @@ import numpy as np
 from msgspec import Struct, field
 from msgspec.structs import replace
 
+from polar_mitm.equivalence import number
 from polar_mitm.lineage import Found, Known
 from polar_mitm.token_ids import TokenIds
 from polar_mitm.types import ChatRequest, ImagePart, KeepReasoning, Message
@@ -50,7 +51,7 @@ Fallback = Literal[
 """Why a request with a parent is rendered plainly all the same."""
 
 Edit = Literal[
-    "retokenised",  # the answer's text has other ids, or other blanks and escapes, in a rendering
+    "retokenised",  # the answer's text has other ids, blanks, escapes or numbers in a rendering
     "generation_prompt_kept",  # it opened the answer (an empty think block), and is no history
     "stop_string_kept",  # the sampled stop string, which the harness was not shown
     "reasoning_kept",  # by `keep_reasoning = "always"`
@@ -295,11 +296,21 @@ def _reads(
 
 
 def _plain(text: str) -> str:
-    """A text without what the notation of JSON decides: blanks, quotes, escapes, `.0` of whole numbers."""
+    """A text without what the notation of JSON decides: blanks, quotes, escapes, how a number is written."""
     text = _ESCAPED.sub(lambda match: chr(int(match[1], 16)), text)
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # pairs of escapes are one
-    return _NOTATION.sub("", text)
+    return _NUMBER.sub(_written, _NOTATION.sub("", text))
+
+
+def _written(match: re.Match[str]) -> str:
+    try:
+        return str(number(match[0]))
+    except ValueError:  # no float: left as it is
+        return match[0]
 
 
 _ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
-_NOTATION = re.compile(r"\\[nrtbf]|[\s\"\\]|(?<=[0-9])\.0+(?![0-9])")
+_NOTATION = re.compile(r"\\[nrtbf]|[\s\"\\]")
+_EXPONENT = r"[eE][+-]?[0-9]++"
+# With a fraction or an exponent, or minus zero: other whole numbers are text, whatever their length.
+_NUMBER = re.compile(rf"(?<![0-9])(?:-?[0-9]++(?:\.[0-9]++(?:{_EXPONENT})?|{_EXPONENT})|-0(?![0-9]))")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from decimal import Decimal
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -103,19 +104,20 @@ def _call_edits(said: ToolCall, echo: ToolCall, found: set[Edit]) -> bool:
 
 
 def _value(text: str) -> Any:
-    return json.loads(text, parse_float=_number)
+    return json.loads(text, parse_float=number)
 
 
-def _number(text: str) -> float | int:
-    """JavaScript writes 1.0 as 1.
+def number(text: str) -> float | int:
+    """The value of a number with a fraction or an exponent; JavaScript writes 1.0 as 1.
 
     Raises:
         ValueError: no float holds the number.
     """
-    number = float(text)
-    if not math.isfinite(number):
+    value = float(text)
+    if not math.isfinite(value):
         raise ValueError(text)
-    return int(number) if number.is_integer() else number
+    # By its shortest digits, and zeros: so JavaScript writes it, not by the float's every digit.
+    return int(Decimal(repr(value))) if value.is_integer() else value
 
 
 def _notation(value: Any, sort_keys: bool) -> str:

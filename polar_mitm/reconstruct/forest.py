@@ -1,8 +1,8 @@
 """Which call continues which: the ids decide.
 
 The parent of a call is the call whose cumulative ids (prompt + completion) are the longest proper prefix of
-its prompt. Recorded lineage only chooses between calls whose cumulative ids are equal, and is evidence that the
-thread of a delivered answer went on where the ids did not.
+its prompt. Recorded lineage only chooses between calls whose cumulative ids are equal, and is evidence that
+the thread of a delivered answer went on where the ids did not.
 """
 
 from __future__ import annotations

@@ -64,6 +64,7 @@ def test_an_image_is_no_text() -> None:
         ('{"a": "caf\\u00e9"}', '{"a": "café"}', ["json_reserialised"]),
         ('{"a": "\\/"}', '{"a": "/"}', ["json_reserialised"]),
         ('{"a": 1.50, "b": 2.0, "c": 1e3}', '{"a": 1.5, "b": 2, "c": 1000}', ["json_reserialised"]),
+        ('{"a": 1.2345678901234568e20}', '{"a": 123456789012345680000}', ["json_reserialised"]),
         ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', ["key_order"]),
         ('{"a": {"x": 1, "y": 2}}', '{"a":{"y":2,"x":1}}', ["key_order"]),
         ("", "{}", ["empty_arguments"]),
