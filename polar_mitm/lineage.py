@@ -64,6 +64,8 @@ class Known(Struct, eq=False):
     delivered: bool = False
     num_continued: int = 0
     """How many known calls continue it."""
+    num_found: int = 0
+    """How many requests were told that they continue it, answered or not."""
     num_bytes: int = 0
     """What it counts for in the memory of its `Lineage`."""
 
@@ -108,6 +110,7 @@ class Lineage:
         found = self._find(request)
         if found.parent is not None:
             self._known.move_to_end(found.parent.call_id)
+            found.parent.num_found += 1
         return found
 
     def add(
@@ -303,7 +306,7 @@ def _choose(fits: list[Found]) -> Found:
     known = [(found, parent) for found, parent in known if len(found.edits) == fewest]
     first = known[0][1]
     if all(_ids(parent) == _ids(first) for _, parent in known):
-        return min(known, key=lambda pair: pair[1].num_continued)[0]
+        return min(known, key=lambda pair: (pair[1].num_continued, pair[1].num_found))[0]
     fresh = [found for found, parent in known if not parent.num_continued]
     return fresh[0] if len(fresh) == 1 else Found(fallback="ambiguous", named=first.call_id)
 

@@ -159,6 +159,20 @@ def test_twins_with_equal_ids_are_no_ambiguity() -> None:
     assert [world.call(history).parent_call_id for _ in range(2)] == [a1.call_id, b1.call_id]
 
 
+def test_threads_with_equal_ids_go_on_side_by_side() -> None:
+    """Each asks before any other was answered, and each continues a call of its own."""
+    world, history = World(), [*HEAD]
+    parents: set[str | None] = {None}
+    for step in range(3):
+        request = ask(*history)
+        found = [world.lineage.find(request) for _ in range(4)]
+        assert {parent(f) for f in found} == parents, step
+        ids = {"prompt_token_ids": [1, 2, step], "completion_token_ids": [3]}
+        calls = [world.call(request, "Ready.", parent_call_id=parent(f), **ids) for f in found]
+        parents = {call.call_id for call in calls}
+        history += [*turn(calls[0]), text("user", "Go on.")]
+
+
 def test_a_retry_whose_first_answer_was_delivered_and_whose_second_was_not() -> None:
     world = World()
     first = world.call(ask(*HEAD), "Ready.")
