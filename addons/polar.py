@@ -12,8 +12,9 @@ import logging
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mitmproxy import ctx, exceptions
+from mitmproxy import certs, ctx, exceptions
 from mitmproxy.addonmanager import Loader
+from mitmproxy.options import CONF_BASENAME
 from mitmproxy.proxy.layer import NextLayer
 
 from polar_mitm import config  # the module: a name `load` here would be a hook of mitmproxy
@@ -61,12 +62,10 @@ class Polar:
         except (EngineUnfit, StoreError, OSError, ValueError, exceptions.OptionsError) as error:
             _give_up(error)
         options.update(**OPTIONS)
+        self._rollout = Rollout(options.polar_rollout or new_id(), harness="mitmproxy")
         self._serving = serving = Serving(settings, engine, recorder)
-        # Made by mitmproxy at its first start; runners need it for their sandboxes.
-        serving.ca_pem = await asyncio.to_thread(_certificate, Path(options.confdir))
-        rollout = Rollout(options.polar_rollout or new_id(), harness="mitmproxy")
-        self._rollout = rollout
-        serving.capture.default = await serving.open_rollout(rollout)
+        serving.ca_pem = _certificate(options.confdir, options.key_size)
+        serving.capture.default = await serving.open_rollout(self._rollout)
         self.addons = [NextLayerFirst(), *serving.chain.addons]
         if options.polar_control:
             control = Control(serving, Path(options.polar_control))
@@ -104,8 +103,11 @@ def _give_up(error: Exception) -> NoReturn:
     raise SystemExit(f"polar-mitm: {error}") from error
 
 
-def _certificate(confdir: Path) -> bytes:
-    return (confdir.expanduser() / "mitmproxy-ca-cert.pem").read_bytes()
+def _certificate(confdir: str, key_size: int) -> bytes:
+    """mitmproxy's CA, for runners and their sandboxes; made here where mitmproxy has not come to it."""
+    folder = Path(confdir).expanduser()
+    certs.CertStore.from_store(folder, CONF_BASENAME, key_size)
+    return (folder / f"{CONF_BASENAME}-ca-cert.pem").read_bytes()
 
 
 addons = [Polar()]
