@@ -125,7 +125,7 @@ def tell_refused(events: Iterable[EgressEvent]) -> None:
 def counts_of(reader: Any) -> dict[str, Count]:
     """Prompt and sampled tokens of every call, without loading one of them."""
     found = reader.sql("SELECT call_id, num_prompt, num_sampled FROM calls").to_pylist()
-    return {row["call_id"]: (row["num_prompt"], row["num_sampled"]) for row in found}
+    return {row["call_id"]: (row["num_prompt"] or 0, row["num_sampled"] or 0) for row in found}
 
 
 _MIN_SECONDS = 0.05

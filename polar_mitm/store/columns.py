@@ -108,7 +108,8 @@ def _columns(rollout_id: str, table: pa.Table) -> RolloutColumns:
     shared = np.where(base == NO_BASE, 0, _ints(table["prompt_shared"]))
     num_prompt = _ints(table["num_prompt"])
     # A prompt that does not come out as long as it was is not that prompt.
-    num_base = np.where(base >= 0, (num_prompt + completion.lengths)[base], 0) if len(base) else shared
+    num_ids = num_prompt + completion.lengths
+    num_base = np.where(base >= 0, num_ids[np.maximum(base, 0)], 0) if len(base) else shared
     wrong = (shared + suffix.lengths != num_prompt) | ((base >= 0) & ((shared > num_base) | (shared < 0)))
     return RolloutColumns(
         rollout_id,
@@ -137,6 +138,6 @@ def lists_of(column: pa.ChunkedArray, kind: Any) -> Lists:
     else:
         offsets = chunk.offsets.to_numpy()
         values = chunk.values
-    if values.null_count:
-        values = values.fill_null(-1)
+    if values.null_count:  # neither is ever taken for a token
+        values = values.fill_null(float("nan") if pa.types.is_floating(values.type) else -1)
     return Lists(values.to_numpy().astype(kind, copy=False), offsets.astype(np.int64))

@@ -6,11 +6,13 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import zstandard
 
 from polar_mitm.errors import StoreError
@@ -21,8 +23,8 @@ from polar_mitm.types import EgressEvent, ModelCall, Reward, Rollout
 
 _SHARE_WAIT_S = 3.0
 _POLL_S = 0.02
-_LOST_RECORD = "its own record is missing"
-_TWO_RECORDS = "two records claim to be this rollout"
+LOST_RECORD = "its own record is missing"
+TWO_RECORDS = "two records claim to be this rollout"
 _LOST = """
     SELECT rollout_id, coalesce(min(started_at), 0.0) AS started_at FROM (
         SELECT rollout_id, started_at FROM stored_calls UNION ALL SELECT rollout_id, sealed_at FROM seals
@@ -156,9 +158,9 @@ class StoreReader:
                     rollout.incomplete = rollout.incomplete or rows.KILLED_INCOMPLETE
         for rollout in rollouts:
             if copies[rollout.rollout_id] > 1:
-                rollout.incomplete = _TWO_RECORDS
+                rollout.incomplete = TWO_RECORDS
         for row in self._select(_LOST).to_pylist():
-            rollouts.append(Rollout(**row, status="interrupted", incomplete=_LOST_RECORD))
+            rollouts.append(Rollout(**row, status="interrupted", incomplete=LOST_RECORD))
         return sorted(rollouts, key=lambda r: (r.started_at or 0.0, r.rollout_id))
 
     def rewards(self) -> list[Reward]:
@@ -183,6 +185,19 @@ class StoreReader:
         if wire:
             self._add_wire(found, f"FROM wire{_where(rollout_id)}")
         return found
+
+    def readable_calls(self, rollout_id: str, wire: bool = False) -> tuple[list[ModelCall], dict[str, str]]:
+        """As `calls`, with tokens, of one rollout, but those that are damaged are left out, and told why.
+
+        A call whose bodies alone are damaged is told too, but is not left out.
+        """
+        lost: dict[str, str] = {}
+        found = self._calls(f"{_where(rollout_id)} ORDER BY rollout_id, seq, call_id", lost)
+        self._add_tokens(found, rollout_id, lost)
+        readable = [call for call in found if call.call_id not in lost]
+        if wire:
+            self._add_wire(readable, f"FROM wire{_where(rollout_id)}", lost)
+        return readable, lost
 
     def call(self, call_id: str) -> ModelCall | None:
         """One call whole, by its id or by the only beginning or end of one; None where there is none.
@@ -273,22 +288,33 @@ class StoreReader:
         except duckdb.Error as error:
             raise StoreError(f"{self.path} cannot be read: {error}") from error
 
-    def _calls(self, rest: str) -> list[ModelCall]:
+    # In these, a call that is damaged ends the reading, or is told in `lost`, where there is one.
+
+    def _calls(self, rest: str, lost: dict[str, str] | None = None) -> list[ModelCall]:
         found = self._select(f"SELECT {', '.join(rows.CALL)}, lineage FROM stored_calls{rest}")
-        return [rows.call_of(row) for row in found.to_pylist()]
+        calls = []
+        for row in found.to_pylist():
+            with _telling(row["call_id"], lost):
+                calls.append(rows.call_of(row))
+        return calls
 
     def _links(self, rollout_id: str | None) -> dict[str, Link]:
-        return rows.links_of(self._select(rows.links_sql(rollout_id)))
+        return rows.links_of(_without_nulls(self._select(rows.links_sql(rollout_id))))
 
-    def _add_tokens(self, calls: list[ModelCall], rollout_id: str | None) -> None:
+    def _add_tokens(
+        self, calls: list[ModelCall], rollout_id: str | None, lost: dict[str, str] | None = None
+    ) -> None:
         links = self._links(rollout_id)
         done: dict[str, list[int]] = {}
         for call in calls:
-            call.prompt_token_ids = whole_prompt(call.call_id, links, done)
-            call.completion_token_ids = links[call.call_id].completion
-            call.behaviour_logprobs = links[call.call_id].logprobs
+            with _telling(call.call_id, lost):
+                if call.call_id not in links:
+                    raise StoreError(f"call {call.call_id} lacks some of its tokens")
+                call.prompt_token_ids = whole_prompt(call.call_id, links, done)
+                call.completion_token_ids = links[call.call_id].completion
+                call.behaviour_logprobs = links[call.call_id].logprobs
 
-    def _add_wire(self, calls: list[ModelCall], query: str) -> None:
+    def _add_wire(self, calls: list[ModelCall], query: str, lost: dict[str, str] | None = None) -> None:
         found = {row["call_id"]: row for row in self._select(query).to_pylist()}
         stored = dict(found)
         done: dict[str, tuple[bytes, bytes]] = {}
@@ -302,7 +328,7 @@ class StoreReader:
                 done[call_id] = unpack(row["request_body"], request), unpack(row["upstream_body"], upstream)
             return done[call_id]
 
-        for call in calls:
+        def add(call: ModelCall) -> None:
             row = found[call.call_id]
             try:
                 request, call.upstream_body = bodies(call.call_id)
@@ -314,6 +340,33 @@ class StoreReader:
                 ) from None
             except (msgspec.MsgspecError, zstandard.ZstdError, struct.error, TypeError) as error:
                 raise StoreError(f"the bodies of call {call.call_id} are damaged: {error}") from None
+
+        for call in calls:
+            with _telling(call.call_id, lost):
+                add(call)
+
+
+@contextmanager
+def _telling(call_id: str, lost: dict[str, str] | None) -> Iterator[None]:
+    try:
+        yield
+    except StoreError as error:
+        if lost is None:
+            raise
+        lost[call_id] = str(error)
+
+
+def _without_nulls(links: pa.Table) -> pa.Table:
+    """Without calls that lack some of their tokens: a NULL is no token, and none is made up for it."""
+    whole = [True] * links.num_rows
+    for name in (*rows.TOKENS, "prompt_shared"):
+        column = links[name]
+        if name in rows.TOKENS and pc.list_flatten(column).null_count:
+            nulls = (each.is_valid and each.values.null_count for each in column)
+            whole = [w and not n for w, n in zip(whole, nulls, strict=True)]
+        if column.null_count:
+            whole = [w and each.is_valid for w, each in zip(whole, column, strict=True)]
+    return links if all(whole) else links.filter(pa.array(whole))
 
 
 def _where(rollout_id: str | None) -> str:

@@ -206,3 +206,35 @@ def test_a_rollout_that_two_records_claim_to_be_is_listed_once_and_quarantined(p
         assert (rollout.rollout_id, rollout.incomplete) == ("r1", "two records claim to be this rollout")
         _, report = build(rollout_columns(reader, "r1"), rollout=rollout)
     assert (report.sampled, report.trained) == (15, 0) and set(report.quarantined) == {"incomplete_rollout"}
+
+
+@pytest.mark.parametrize("column", ["prompt_suffix", "completion_token_ids", "behaviour_logprobs"])
+@pytest.mark.parametrize("value", ["NULL", "list_concat({}[:-2], [NULL])"])
+def test_a_null_is_no_token(path: Path, column: str, value: str) -> None:
+    damage(path, f"UPDATE call_rows SET {column} = {value.format(column)} WHERE call_id = 'c0004'")
+    with open_reader(path) as reader:
+        _, report = build(rollout_columns(reader, "r1"))
+        assert (report.trained, [call_id for call_id, _ in report.quarantined_calls]) == (12, ["c0004"])
+        with pytest.raises(StoreError, match="call c0004 lacks some of its tokens"):
+            reader.calls()
+        readable, lost = reader.readable_calls("r1", wire=True)
+        assert [c.call_id for c in readable] == ["c0000", "c0001", "c0002", "c0003"]
+        assert lost == {"c0004": "call c0004 lacks some of its tokens"}
+
+
+def test_the_only_call_of_a_rollout_stands_on_one_that_is_lost(path: Path) -> None:
+    damage(path, "DELETE FROM call_rows WHERE call_id <> 'c0001'")
+    with open_reader(path) as reader:
+        _, report = build(rollout_columns(reader, "r1"))
+    assert report.quarantined == {"lost_prefix": 3}
+
+
+def test_what_can_be_read_is_read(path: Path) -> None:
+    damage(path, "UPDATE call_rows SET usage = '{' WHERE call_id = 'c0000'")
+    damage(path, "DELETE FROM call_rows WHERE call_id = 'c0002'")
+    damage(path, "UPDATE call_rows SET pacing = NULL WHERE call_id = 'c0001'")
+    with open_reader(path) as reader:
+        readable, lost = reader.readable_calls("r1", wire=True)
+        assert [c.call_id for c in readable] == ["c0001"] and len(readable[0].prompt_token_ids) == 60
+    assert sorted(lost) == ["c0000", "c0001", "c0003", "c0004"]
+    assert "bodies of call c0001 are damaged" in lost["c0001"] and "c0002, on top" in lost["c0003"]
