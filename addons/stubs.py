@@ -8,8 +8,10 @@ from polar_mitm.dialects.ids import new_id
 from polar_mitm.dialects.registry import DIALECTS
 from polar_mitm.dialects.routes import ERROR_DIALECT, route
 from polar_mitm.errors import PolarError
+from polar_mitm.store.redact import credentials, redact_path
 from polar_mitm_addons.capture import Capture
 from polar_mitm_addons.identify import PROVIDER, wants_websocket
+from polar_mitm_addons.intercept import wire_of
 from polar_mitm_addons.replies import to_response
 
 
@@ -27,7 +29,8 @@ class Stubs:
         request = flow.request
         found = route(provider, request.method, request.path, upgrade=wants_websocket(request))
         path = request.path.partition("?")[0]
-        name = f"{request.method} {request.pretty_host}{path}"
+        known = credentials(wire_of(flow))
+        name = f"{request.method} {request.pretty_host}{redact_path(path, known)}"
         if found.kind == "websocket":
             # The cheapest way to HTTP: one attempt, measured on Codex (RFC 9110, section 15.5.22).
             flow.response = http.Response.make(426, b"", {"connection": "close"})

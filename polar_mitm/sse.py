@@ -61,6 +61,9 @@ class SSEDecoder:
             self._cut = []
         events: list[Event] = []
         for line in lines:
+            if self._at_start:
+                self._at_start = False
+                line = line.removeprefix(b"\xef\xbb\xbf")
             if not line:
                 if self._data:
                     events.append(Event(self._name.decode("utf-8", "replace"), b"\n".join(self._data)))
@@ -78,9 +81,6 @@ class SSEDecoder:
         return events
 
     def _read(self, line: bytes) -> None:
-        if self._at_start:
-            self._at_start = False
-            line = line.removeprefix(b"\xef\xbb\xbf")
         if line.startswith(b"data: "):  # by far the most frequent
             self._data.append(line[6:])
             return

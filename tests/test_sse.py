@@ -28,6 +28,7 @@ def decode(*chunks: bytes) -> list[Event]:
         (b"\n\n\ndata: a\n\n\n\ndata: b\n\n", [Event("", b"a"), Event("", b"b")]),
         (b"id: 1\nretry: 5\ndata: a\n\n", [Event("", b"a")]),
         (b"\xef\xbb\xbfdata: a\n\n", [Event("", b"a")]),
+        (b"\n\xef\xbb\xbfdata: a\n\n", []),
         (b"data: cut", []),
         (b"data\n\n", [Event("", b"")]),
     ],

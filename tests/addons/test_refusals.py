@@ -224,6 +224,17 @@ async def test_side_endpoints_are_answered_here(method: str, url: str, body: byt
         assert r.recorder.calls == [] and box.session.refused == {}
 
 
+async def test_a_refused_path_keeps_no_credential_of_its_request() -> None:
+    key = "the-key-of-a-harness"
+    async with rig(ENGINE) as r:
+        box = await r.box()
+        url = f"https://api.anthropic.com/v1/keys/{key}"
+        async with box.http() as http, http.get(url, headers={"x-api-key": key}) as response:
+            assert response.status == 404
+        ((_, _, name),) = await said(r)
+    assert name.startswith("GET api.anthropic.com/v1/keys/<redacted:") and key not in name
+
+
 async def test_a_websocket_is_told_to_use_http() -> None:
     async with rig(ENGINE) as r:
         box = await r.box()
