@@ -17,8 +17,9 @@ from polar_mitm.cli.engine import probed
 from polar_mitm.cli.exits import NO, SETUP, fail
 from polar_mitm.cli.output import JsonFlag, err, print_json, progress
 from polar_mitm.cli.reading import BuilderName, BuilderOption, RolloutOption, chosen, reading
-from polar_mitm.cli.verify_input import Source, trajectories_of
+from polar_mitm.cli.verify_input import Source, input_of
 from polar_mitm.cli.verify_report import Found, tell_found
+from polar_mitm.errors import StoreError
 from polar_mitm.types import Rollout
 
 if TYPE_CHECKING:
@@ -116,20 +117,29 @@ async def _verify(
     options: dict[str, Any],
 ) -> list[tuple[Source, RolloutReport]]:
     """One rollout in memory at a time; `options` are those of `Examination`."""
-    from polar_mitm.verify import Examination, sampled, score
+    from polar_mitm.store.columns import each_rollout
+    from polar_mitm.verify import Examination, score
 
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     reports = []
+    columns_of = each_rollout(reader, [each.rollout_id for each in rollouts])
     async with scoring as scorer:
         with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
             task = bar.add_task("verifying", total=len(rollouts))
-            for number, each in enumerate(rollouts, 1):
-                calls = reader.calls(each.rollout_id, wire=scorer is not None)
-                given = trajectories_of(reader, each, calls, builder)
-                examination = Examination(each.rollout_id, map(sampled, calls), **options)
-                del calls
-                async for done in score(examination, given.paths, scorer):
-                    bar.advance(task, done / given.num_paths)
+            for number, (each, calls) in enumerate(zip(rollouts, columns_of, strict=True), 1):
+                given = input_of(reader, each, calls, builder, wire=scorer is not None)
+                examination = Examination(
+                    each.rollout_id,
+                    given.calls,
+                    num_unreadable=given.num_unreadable,
+                    holes=given.holes,
+                    **options,
+                )
+                try:
+                    async for done in score(examination, given.paths, scorer):
+                        bar.advance(task, done / given.num_paths)
+                except StoreError as error:  # a stored trajectory, or the account of them, is damaged
+                    examination.damaged(str(error))
                 bar.update(task, completed=number)
                 reports.append((given.source, examination.finished(given.account)))
     return reports

@@ -6,17 +6,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from msgspec import Struct
+import numpy as np
+from msgspec import MsgspecError, Struct
 from msgspec.json import decode
 
-from polar_mitm.types import ModelCall, Rollout
+from polar_mitm.types import Rollout
 
 if TYPE_CHECKING:
+    from polar_mitm.columns import RolloutColumns
     from polar_mitm.reconstruct import Builder
     from polar_mitm.store import StoreReader
-    from polar_mitm.verify import Account, Path
+    from polar_mitm.verify import Account, Path, Sampled
 
 Source = Literal["stored", "built"]
+_HOLES = ("lost_prefix", "duplicate_call_id")  # no recording ends like this
 
 
 class StoredAccount(Struct):
@@ -36,33 +39,61 @@ class StoredAccount(Struct):
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """Trajectories of one rollout, `num_paths` of them, each assembled when it is asked for."""
+    """One rollout: its calls that can be read, and its trajectories, `num_paths` of them, each assembled when
+    it is asked for. `holes` says in sentences what is wrong with the record; `num_unreadable` counts the
+    tokens that were sampled by the calls that cannot be read."""
 
+    calls: Sequence[Sampled]
+    num_unreadable: int
+    holes: Sequence[str]
     source: Source
     num_paths: int
     paths: Iterable[Path]
     account: Account
 
 
-def trajectories_of(
-    reader: StoreReader, rollout: Rollout, calls: Sequence[ModelCall], builder: Builder
+def input_of(
+    reader: StoreReader, rollout: Rollout, columns: RolloutColumns, builder: Builder, wire: bool
 ) -> Input:
-    """What `reconstruct --write` left of a rollout; where it left nothing, what the builder makes now."""
-    from polar_mitm.reconstruct import build
-    from polar_mitm.store.trajectories import stored_trajectories
+    """What `reconstruct --write` left of a rollout, else what the builder makes of its columns, as
+    `reconstruct` does; and its calls, read in another way, to compare that with.
 
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    from polar_mitm.reconstruct import build
+    from polar_mitm.store.reader import LOST_RECORD, TWO_RECORDS
+    from polar_mitm.store.trajectories import stored_trajectories
+    from polar_mitm.verify import sampled
+
+    calls, lost = reader.readable_calls(rollout.rollout_id, wire)
+    known = set(columns.call_ids)  # a capture may have added others since
+    calls = [call for call in calls if call.call_id in known]
+    readable = {call.call_id for call in calls}
+    num_sampled = np.maximum(columns.completion.lengths, columns.num_reported)
+    unreadable = [row for row, call_id in enumerate(columns.call_ids) if call_id not in readable]
+    paths, account = build(columns, rollout=rollout, builder=builder)
+    kept_out = {
+        call_id: f"call {call_id} is quarantined: {why}"
+        for call_id, why in account.quarantined_calls
+        if why in _HOLES
+    }
+    holes = list((kept_out | {call_id: why for call_id, why in lost.items() if call_id in known}).values())
+    if rollout.incomplete in (LOST_RECORD, TWO_RECORDS):
+        holes.insert(0, rollout.incomplete)
+    record = list(map(sampled, calls)), int(num_sampled[unreadable].sum()), holes
     where = f"rollout_id = {_quote(rollout.rollout_id)} AND builder = {_quote(builder)}"
     found = reader.sql(f"SELECT report FROM builds WHERE {where}").to_pylist()
     if not found:
-        paths, account = build(calls, rollout=rollout, builder=builder)
-        return Input("built", len(paths), paths, account)
+        return Input(*record, "built", len(paths), paths, account)
     listed = reader.sql(f"SELECT count(*) AS n FROM trajectories WHERE {where}")
-    return Input(
-        "stored",
-        listed["n"][0].as_py(),
-        stored_trajectories(reader, rollout.rollout_id, builder),
-        decode(found[-1]["report"], type=StoredAccount),
-    )
+    try:
+        stored = decode(found[-1]["report"], type=StoredAccount)
+    except (MsgspecError, TypeError):
+        holes.append("its stored account is damaged: `polar-mitm reconstruct --write` writes it again")
+        stored = StoredAccount(0, 0, {}, {})
+    written = stored_trajectories(reader, rollout.rollout_id, builder)
+    return Input(*record, "stored", listed["n"][0].as_py(), written, stored)
 
 
 def _quote(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,9 +62,18 @@ class Found:
 
 def tell_found(found: Found) -> None:
     """A table, what is wrong, and the sum."""
-    columns = "rollout,source,trajectories,calls,context equal,sampled,trained"
+    columns = "rollout,source,trajectories,calls,context equal,sampled,trained,quarantined"
     rows: list[tuple[object, ...]] = [
-        (short(r.rollout_id), source, r.num_trajectories, r.num_calls, _percent([r]), r.sampled, r.trained)
+        (
+            short(r.rollout_id),
+            source,
+            r.num_trajectories,
+            r.num_calls,
+            _percent([r]),
+            r.sampled,
+            r.trained,
+            _counted(r.quarantined),
+        )
         for source, r in found.reports
     ]
     reports = [report for _, report in found.reports]
@@ -92,6 +101,7 @@ def _tell_complaints(found: Found, reports: list[RolloutReport]) -> None:
     """What is wrong, at most so many lines of it."""
     lines = [f"rollout {s.rollout_id}: {s.fault}" for s in found.seals if not s.ok]
     for report in reports:
+        lines += [f"rollout {report.rollout_id}: {hole}" for hole in report.holes]
         for d in report.differences:
             place = f"{d.trajectory_id} position {d.position} (call {d.call_id or '-'})"
             values = "" if d.recorded == d.found else f" {d.found}, recorded {d.recorded}"
@@ -114,7 +124,12 @@ def _scores(report: RolloutReport) -> tuple[object, ...]:
     drift = report.drift
     kl = "" if drift.kl is None else f"{drift.kl:.1e}"
     figures = (f"{drift.max:.1e}", f"{drift.mean:.1e}", kl) if drift.num_tokens else ("", "", "")
-    return (drift.num_tokens, *figures, ", ".join(f"{why} {n}" for why, n in report.unscored.items()))
+    return (drift.num_tokens, *figures, _counted(report.unscored))
+
+
+def _counted(tokens: Mapping[Any, int]) -> str:
+    """Reasons, each with its number of tokens."""
+    return ", ".join(f"{why} {n}" for why, n in tokens.items())
 
 
 def _share(reports: Iterable[RolloutReport]) -> float:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,8 @@ class Account(Protocol):
     def sampled(self) -> int: ...
     @property
     def trained(self) -> int: ...
+    @property
+    def quarantined(self) -> Mapping[Any, int]: ...
     @property
     def adds_up(self) -> bool: ...
 
@@ -67,7 +69,8 @@ class RolloutReport:
     `num_calls` counts calls that are in some trajectory, `num_equal` those whose context, ids and logprobs
     are equal in all of them; `differences` has the first difference of the others. `sampled` and `trained`
     are counted here; `accounted` says that the build's account adds up and says the same. `calls` are those
-    that were scored, `unscored` counts the tokens that train but were not, by reason.
+    that were scored, `unscored` counts the tokens that train but were not, by reason. `quarantined` is the
+    account's own; `holes` says what is wrong with the record itself.
     """
 
     rollout_id: str
@@ -81,6 +84,8 @@ class RolloutReport:
     calls: list[CallDrift]
     unscored: dict[UnscoredReason, int]
     complaints: list[str]
+    quarantined: dict[str, int]
+    holes: list[str]
 
     @property
     def drift(self) -> Drift:
@@ -95,14 +100,17 @@ class RolloutReport:
     @property
     def sound(self) -> bool:
         """Whether nothing speaks against training on it."""
-        return self.accounted and not (self.differences or self.outliers or self.unscored.get("refused"))
+        found = self.holes or self.differences or self.outliers or self.unscored.get("refused")
+        return self.accounted and not found
 
 
 class Examination:
     """One rollout on its way to a report. Trajectories come once, one after the other, and are not kept.
 
     Args:
-        calls: all calls of the rollout.
+        calls: all calls of the rollout that can be read.
+        num_unreadable: the tokens that its other calls sampled.
+        holes: what is wrong with its record, in sentences.
         weights: what the scorer holds (`weights_name`); calls sampled under others are left out and counted.
             None: whatever the calls were sampled under.
         tokenizer: the scorer's, likewise; "" where unknown.
@@ -114,11 +122,14 @@ class Examination:
         rollout_id: str,
         calls: Iterable[Sampled],
         *,
+        num_unreadable: int = 0,
+        holes: Sequence[str] = (),
         weights: str | None = None,
         tokenizer: str = "",
         tolerance: float = np.inf,
     ) -> None:
         self._rollout_id, self._tolerance = rollout_id, tolerance
+        self._num_unreadable, self._holes = num_unreadable, list(holes)
         self._weights, self._tokenizer = weights, tokenizer
         self._calls = {call.call_id: call for call in calls}
         self._seen: set[str] = set()
@@ -166,11 +177,15 @@ class Examination:
     def refused(self, path: Path, spans: Iterable[Span], why: str) -> None:
         """Note that the scorer would not."""
         self._unscored["refused"] += sum(span.end - span.sampled_start for span in spans)
-        self._complaints.append(f"{path.trajectory_id} cannot be scored: {why}")
+        self._complaints.append(f"the scorer refused {path.trajectory_id}: {why}")
+
+    def damaged(self, why: str) -> None:
+        """Note that there is no reading on in the trajectories."""
+        self._holes.append(why)
 
     def finished(self, account: Account) -> RolloutReport:
         """The report, once all trajectories have been seen."""
-        num_sampled = sum(call.num_sampled for call in self._calls.values())
+        num_sampled = self._num_unreadable + sum(call.num_sampled for call in self._calls.values())
         return RolloutReport(
             rollout_id=self._rollout_id,
             num_trajectories=self._num_paths,
@@ -184,6 +199,8 @@ class Examination:
             calls=sorted(self._drifts, key=lambda d: (d.trajectory_id, d.call_id)),
             unscored=dict(sorted(self._unscored.items())),
             complaints=self._complaints,
+            quarantined=dict(account.quarantined),
+            holes=self._holes,
         )
 
     def _reason(self, span: Span) -> UnscoredReason | None:

@@ -101,6 +101,67 @@ def test_a_stored_build_that_lacks_a_trajectory_does_not_add_up(polar: Polar, co
     assert done.code == 1 and "does not add up" in done.out
 
 
+def test_it_builds_as_reconstruct_does(polar: Polar, copy: Path) -> None:
+    change(copy, "UPDATE call_rows SET num_prompt = 9 WHERE call_id = 'rollout-A-call-0'")
+    rebuilt = polar("reconstruct", "-s", copy, "-r", "rollout-A", "--json").json["accounting"]
+    done = polar("verify", copy, "-r", "rollout-A", "--json")
+    [rollout] = done.json["rollouts"]
+    assert rebuilt == {"sampled": 10, "trained": 0, "masked": 0, "quarantined": 10}
+    assert (rollout["sampled"], rollout["trained"]) == (10, 0)
+    assert rollout["quarantined"] == {"lost_prefix": 10} and rollout["accounted"]
+    assert done.code == 1
+    assert rollout["holes"] == [f"call rollout-A-call-{n} is quarantined: lost_prefix" for n in (0, 1)], (
+        "the record is not what was recorded"
+    )
+
+
+@pytest.mark.parametrize(
+    ("hole", "told"),
+    [
+        (
+            "DELETE FROM call_rows WHERE call_id LIKE '%A-call-0'",
+            "on top of which it is, is lost",
+        ),
+        ("INSERT INTO call_rows FROM call_rows WHERE call_id = 'rollout-A-call-0'", "2 records claim to be"),
+        ("DELETE FROM rollout_rows WHERE rollout_id = 'rollout-A'", "its own record is missing"),
+        ("INSERT INTO rollout_rows FROM rollout_rows WHERE rollout_id = 'rollout-A'", "two records claim"),
+        ("UPDATE builds SET report = '{'", "its stored account is damaged"),
+        ("UPDATE trajectory_rows SET mask_runs = [1]", "trajectory rollout-A-call-1 is damaged"),
+    ],
+)
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_hole_is_what_verify_finds(polar: Polar, copy: Path, hole: str, told: str, stored: bool) -> None:
+    seal_rollout(copy, "rollout-A")
+    seal_rollout(copy, "rollout-B")
+    if stored:
+        assert polar("reconstruct", "-s", copy, "-r", "rollout-A", "--write").code == 0
+    elif "builds" in hole or "trajectory" in hole:
+        pytest.skip("nothing is stored")
+    change(copy, hole)
+    done = polar("verify", copy, "--seal", "--json")
+    assert done.code == 1
+    first, second = sorted(done.json["rollouts"], key=lambda r: str(r["rollout_id"]))
+    assert told in " ".join(first["holes"]) and not second["holes"] and second["sound"]
+    sealed = {s["rollout_id"]: s["ok"] for s in done.json["seals"]}
+    assert sealed == {"rollout-A": "builds" in hole or "trajectory_rows" in hole, "rollout-B": True}
+    assert f"rollout rollout-A: {first['holes'][0]}"[:60] in polar("verify", copy).out
+
+
+@pytest.mark.parametrize("column", ["prompt_suffix", "completion_token_ids", "behaviour_logprobs"])
+@pytest.mark.parametrize("value", ["NULL", "list_concat({}[:-2], [NULL])"])
+def test_a_null_is_no_token(polar: Polar, copy: Path, column: str, value: str) -> None:
+    value = value.format(column)
+    change(copy, f"UPDATE call_rows SET {column} = {value} WHERE call_id = 'rollout-A-call-1'")
+    rebuilt = polar("reconstruct", "-s", copy, "-r", "rollout-A", "--json").json["accounting"]
+    assert (rebuilt["trained"], rebuilt["quarantined"]) == (4, 6)
+    done = polar("verify", copy, "-r", "rollout-A", "--json")
+    [rollout] = done.json["rollouts"]
+    assert done.code == 1 and rollout["holes"] == ["call rollout-A-call-1 lacks some of its tokens"]
+    assert (rollout["trained"], sum(rollout["quarantined"].values())) == (4, 6)
+    assert not rollout["differences"] and rollout["accounted"]
+    assert polar("calls", "-s", copy).code == 0
+
+
 def seals(polar: Polar, path: Path) -> tuple[int, Any]:
     done = polar("verify", path, "-r", "rollout-A", "--seal", "--json")
     return done.code, done.json["seals"]
