@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from polar_mitm.columns import LOST_BASE, NO_BASE, Lists, RolloutColumns, base_rows
 from polar_mitm.store.offline import Selects
-from polar_mitm.store.rows import quote
+from polar_mitm.store.rows import _LINEAGE_FIELDS, quote
 from polar_mitm.types import CallRole, CallStatus, Continuation
 
 _MAX_TOKENS = 8 << 20  # stored tokens of the rollouts that are read at once, 64 MiB; one may have more
@@ -30,7 +30,8 @@ _COLUMNS = """
         coalesce(try_cast(try(usage ->> 'completion_tokens') AS BIGINT), 0) AS num_reported,
         coalesce(started_at, 0.0) AS started_at, coalesce(delivered, false) AS delivered,
         CASE WHEN status IN {statuses} AND role IN {roles} AND json_valid(usage)
-            AND json_valid(coalesce(lineage, '{{}}'))
+            AND (lineage IS NULL OR json_valid(lineage) AND json_type(lineage) = 'OBJECT'
+                AND list_has_all({lineage}, json_keys(lineage)))
             AND coalesce(try(lineage ->> 'continuation'), 'none') IN {continuations}
         THEN status ELSE 'failed' END AS status,
         coalesce(role, 'main') AS role, finish_reason, parent_call_id,
@@ -45,6 +46,7 @@ _KNOWN = {
     "statuses": get_args(CallStatus),
     "roles": get_args(CallRole),
     "continuations": get_args(Continuation),
+    "lineage": list(_LINEAGE_FIELDS),
 }
 _PLAIN = (
     "started_at", "delivered", "status", "role", "finish_reason", "parent_call_id", "continuation",

@@ -128,6 +128,12 @@ def test_bodies_that_cannot_be_told_are_named(path: Path, sql: str, told: str) -
             "UPDATE call_rows SET lineage = '{\"continuation\": \"mended\"}' WHERE call_id = 'c0002'",
             {"c0002": "failed"},
         ),
+        (
+            'UPDATE call_rows SET lineage = \'{"fallback": "x", "newfield": 1}\' WHERE call_id = \'c0002\'',
+            {"c0002": "failed"},
+        ),
+        ("UPDATE call_rows SET lineage = '[1]' WHERE call_id = 'c0002'", {"c0002": "failed"}),
+        ("UPDATE call_rows SET lineage = '{' WHERE call_id = 'c0002'", {"c0002": "failed"}),
     ],
 )
 def test_reconstruction_quarantines_and_goes_on(path: Path, sql: str, reasons: dict[str, str]) -> None:
