@@ -217,6 +217,11 @@ def test_what_cannot_be(
     assert message in done.json["error"]
 
 
+def test_help_names_it_among_those_that_say_no(polar: Polar) -> None:
+    told = " ".join(polar("--help").out.split())
+    assert "the answer is no (doctor, engine status, reconstruct, verify, replay, demo)" in told
+
+
 def test_no_store(polar: Polar, tmp_path: Path) -> None:
     done = polar("verify", tmp_path / "none.duckdb")
     assert done.code == 2 and "there is no store" in done.err
