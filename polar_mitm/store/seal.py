@@ -206,11 +206,16 @@ def _values(column: pa.Array) -> list[Any]:
     kind = column.type
     if pa.types.is_list(kind):
         dtype = "<f4" if pa.types.is_floating(kind.value_type) else "<i4"
-        lists = (v.values for v in column)
-        return [None if v is None else _plain(np.asarray(v.fill_null(-1), dtype)).tobytes() for v in lists]
+        return [_list(v.values, dtype) for v in column]
     if pa.types.is_floating(kind):
         return [None if v is None else v + 0.0 for v in column.to_pylist()]
     return list(column.to_pylist())
+
+
+def _list(values: pa.Array | None, dtype: str) -> Any:
+    if values is None or values.null_count:  # no recorder writes a NULL: it must not pass for a number
+        return values if values is None else values.to_pylist()
+    return _plain(np.asarray(values, dtype)).tobytes()
 
 
 def _plain(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -141,6 +141,16 @@ def test_the_first_record_that_is_not_as_it_was_is_named(tmp_path: Path, damage:
     assert not check.ok and str(check.fault).startswith(told)
 
 
+def test_a_null_does_not_pass_for_a_number(tmp_path: Path) -> None:
+    path = record(tmp_path / "s.duckdb")
+    logprobs = "UPDATE call_rows SET behaviour_logprobs = [-0.5, -0.5, {}] WHERE call_id = 'c0001'"
+    change(path, logprobs.format(-1.0))
+    seal_rollout(path, "r1")
+    assert verified(path).ok
+    change(path, logprobs.format("NULL"))
+    assert str(verified(path).fault) == "call c0001 was changed"
+
+
 def test_a_new_seal_does_not_pass_for_the_old_one(tmp_path: Path) -> None:
     path = record(tmp_path / "s.duckdb")
     digest = seal_rollout(path, "r1").digest
