@@ -67,6 +67,10 @@ def verify(
     seal: Annotated[
         bool, typer.Option("--seal", help="Check seals too, and name the first record that was changed.")
     ] = False,
+    digest: Annotated[
+        str | None,
+        typer.Option(metavar="HEX", help="With --seal: what `seal` printed; no newer seal passes for it."),
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Prove that each token trains under the context it was sampled under.
@@ -78,19 +82,23 @@ def verify(
     their logprobs is told: max, mean and mismatch KL (Schulman's k3).
 
     Exit code 1 if a context differs, the account does not add up, a token
-    drifts beyond the tolerance, or a seal is broken or missing. Calls sampled
-    under other weights than the scorer's, or under a grammar, are counted
-    apart and not scored.
+    drifts beyond the tolerance, the record has lost something, or a seal is
+    broken or missing. Calls sampled under other weights than the scorer's, or
+    under a grammar, are counted apart and not scored.
     """
     if engine and model:
         fail("--engine or --model, not both")
+    if digest and not seal:
+        fail("--digest goes with --seal")
     if (store is None) == (named is None):
         fail("name the store once: polar-mitm verify STORE")
     with reading(store or named or Path()) as reader:
         rollouts = chosen(reader, rollout)
+        if digest and len(rollouts) != 1:
+            fail("--digest is of one rollout: name it with --rollout")
+        seals = _check_seals(reader, rollouts, digest) if seal else []
         info = probed(None if engine == _MANAGED else engine) if engine else None
         held = weights or _held(reader, rollouts, info, model)
-        seals = _check_seals(reader, rollouts) if seal else []
         scoring = _scorer(info, model, dtype)
         options = {"weights": held, "tokenizer": info.tokenizer if info else "", "tolerance": tolerance}
         found = Found(
@@ -145,10 +153,10 @@ async def _verify(
     return reports
 
 
-def _check_seals(reader: StoreReader, rollouts: Iterable[Rollout]) -> list[SealCheck]:
+def _check_seals(reader: StoreReader, rollouts: Iterable[Rollout], digest: str | None) -> list[SealCheck]:
     from polar_mitm.store.seal import verify_seal
 
-    return [verify_seal(reader, each.rollout_id) for each in rollouts]
+    return [verify_seal(reader, each.rollout_id, digest) for each in rollouts]
 
 
 @asynccontextmanager

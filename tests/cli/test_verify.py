@@ -193,6 +193,21 @@ def test_a_sealed_rollout_whose_record_is_gone_is_named(polar: Polar, copy: Path
     assert "rollout rollout-A: rollout rollout-A was removed" in done.out and "seals: 1 of 2 hold" in done.out
 
 
+def test_a_new_seal_does_not_pass_for_the_digest_that_was_kept(polar: Polar, copy: Path) -> None:
+    digest = polar("seal", "rollout-A", "-s", copy, "--json").json["digest"]
+    kept = ("verify", copy, "-r", "rollout-A", "--seal", "--digest", digest)
+    assert polar(*kept).code == 0
+    change(copy, "UPDATE call_rows SET error = 'x' WHERE call_id = 'rollout-A-call-1'")
+    with duckdb.connect(copy) as con:
+        con.execute("DELETE FROM seals")
+    assert polar("seal", "rollout-A", "-s", copy).code == 0
+    assert polar("verify", copy, "-r", "rollout-A", "--seal").code == 0
+    done = polar(*kept)
+    assert done.code == 1 and "rollout rollout-A: it was sealed again" in done.out
+    assert "--rollout" in polar("verify", copy, "--seal", "--digest", digest).err
+    assert "goes with --seal" in polar("verify", copy, "-r", "rollout-A", "--digest", digest).err
+
+
 def test_what_was_never_sealed_does_not_pass_for_sealed(polar: Polar, store: Path) -> None:
     code, [seal] = seals(polar, store)
     assert (code, seal["ok"], seal["fault"]) == (1, False, "it was never sealed")
