@@ -14,7 +14,7 @@ import typer
 from polar_mitm.cli import loop
 from polar_mitm.cli.demo_report import Demo, Ran, tell_demo
 from polar_mitm.cli.doctor import install_bubblewrap
-from polar_mitm.cli.engine import EngineOption, ModelOption, probed
+from polar_mitm.cli.engine import MANAGED, EngineOption, ModelOption, probed
 from polar_mitm.cli.exits import NO, SETUP, fail
 from polar_mitm.cli.output import JsonFlag, plural, progress, say
 from polar_mitm.cli.rollout import Job, run_rollout
@@ -143,7 +143,7 @@ def _engine(url: str | None, model: str, keep: bool) -> Iterator[tuple[str | Non
     """Which engine and model to ask for: the one that is named, or runs already, or a new one."""
     from polar_mitm import engine
 
-    if url is not None or engine.status() is not None:
+    if url not in (None, MANAGED) or engine.status() is not None:
         yield url, model
         return
     try:

@@ -16,8 +16,12 @@ app = typer.Typer(no_args_is_help=True, help="Install, start, stop and probe a l
 
 EngineOption = Annotated[
     str | None,
-    typer.Option("--engine", "-e", metavar="URL", help="A vLLM, as http://host:8000; else the managed one."),
+    typer.Option(
+        "--engine", "-e", metavar="URL", help="A vLLM, as http://host:8000; else our own, also `managed`."
+    ),
 ]
+MANAGED = "managed"
+"""What people may write for the engine that `polar-mitm engine up` started."""
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", metavar="NAME", help="Which of the engine's models; else its first.")
 ]
@@ -121,7 +125,7 @@ def probe(engine: EngineOption = None, model: ModelOption = "", json: JsonFlag =
 
 
 def probed(url: str | None, model: str = "") -> EngineInfo:
-    """The engine at `url`, or the managed one, once it has passed the probe.
+    """The engine at `url`, or the managed one where it is empty or says so, once it has passed the probe.
 
     Raises:
         EngineUnfit: it has not; the message says why.
@@ -129,7 +133,7 @@ def probed(url: str | None, model: str = "") -> EngineInfo:
     from polar_mitm import engine
     from polar_mitm.upstream.probe import probe as look
 
-    if not url:
+    if not url or url == MANAGED:
         state = engine.status()
         if state is None:
             fail("no engine: start one with `polar-mitm engine up`, or name one with --engine URL", ENGINE)

@@ -12,6 +12,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
+from polar_mitm import engine
 from polar_mitm.cli import main
 from tests.cli.conftest import Polar, launch
 
@@ -185,6 +186,36 @@ def test_no_engine_at_all(polar: Polar, tmp_path: Path, monkeypatch: pytest.Monk
     assert (told.code, told.json) == (1, {"running": False, "answers": False, "engine": None})
     told = polar("engine", "down", "--json")
     assert (told.code, told.json) == (0, {"stopped": False, "engine": None})
+
+
+NEEDING = [
+    "engine probe",
+    "run --store new.duckdb -- true",
+    "up --store new.duckdb",
+    "verify runs.duckdb",
+    "replay rollout-A --store runs.duckdb --fork-at call-0",
+]
+
+
+@pytest.mark.parametrize("line", NEEDING)
+def test_the_managed_engine_may_be_named(
+    line: str, polar: Polar, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLAR_MITM_CACHE", str(place / "cache"))
+    first, dashes, last = line.partition(" --")
+    told = polar(*f"{first} --engine managed{dashes}{last}".split())
+    assert "no engine: start one with `polar-mitm engine up`" in told.err
+
+
+def test_the_managed_engine_is_found_by_its_name(
+    polar: Polar, place: Path, engine_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = engine.EngineState(engine_url, 1, "", "scripted", "scripted", "float32", "", 0.0)
+    monkeypatch.setattr("polar_mitm.engine.status", lambda: state)
+    Path("managed.toml").write_text("engine = 'managed'")
+    assert polar("engine", "probe", "--engine", "managed", "--json").json["url"] == engine_url
+    told = polar("run", "--config", "managed.toml", "--store", "new.duckdb", "--json", "--", "true")
+    assert told.code == 0, told.err
 
 
 def test_a_bug_of_ours_is_told_as_one(
