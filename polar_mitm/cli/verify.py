@@ -34,7 +34,6 @@ EXAMPLES = (
     "$ polar-mitm verify runs.duckdb --engine managed\n\n"
     "$ polar-mitm verify runs.duckdb --model ./Qwen3-0.6B --json"
 )
-_MANAGED = "managed"
 
 
 def verify(
@@ -97,7 +96,7 @@ def verify(
         if digest and len(rollouts) != 1:
             fail("--digest is of one rollout: name it with --rollout")
         seals = _check_seals(reader, rollouts, digest) if seal else []
-        info = probed(None if engine == _MANAGED else engine) if engine else None
+        info = probed(engine) if engine else None
         held = weights or _held(reader, rollouts, info, model)
         scoring = _scorer(info, model, dtype)
         options = {"weights": held, "tokenizer": info.tokenizer if info else "", "tolerance": tolerance}

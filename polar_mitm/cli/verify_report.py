@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,7 @@ def tell_found(found: Found) -> None:
             f"mean {drift.mean:.2e} nats, mismatch KL {kl}"
         )
     elif found.scored:
-        say(f"nothing that trains was sampled under {found.weights}, so nothing was scored", style="red")
+        say(f"nothing was scored under {found.weights}: {_why_not(reports)}", style="red")
 
 
 def _tell_complaints(found: Found, reports: list[RolloutReport]) -> None:
@@ -125,6 +126,16 @@ def _scores(report: RolloutReport) -> tuple[object, ...]:
     kl = "" if drift.kl is None else f"{drift.kl:.1e}"
     figures = (f"{drift.max:.1e}", f"{drift.mean:.1e}", kl) if drift.num_tokens else ("", "", "")
     return (drift.num_tokens, *figures, _counted(report.unscored))
+
+
+def _why_not(reports: Iterable[RolloutReport]) -> str:
+    """Why there is no score at all: the first refusal, else the reasons with their tokens."""
+    unscored: Counter[str] = Counter()
+    for report in reports:
+        if report.complaints:
+            return report.complaints[0]
+        unscored.update(report.unscored)
+    return _counted(unscored) or "no token trains"
 
 
 def _counted(tokens: Mapping[Any, int]) -> str:

@@ -42,7 +42,7 @@ from polar_mitm.store import open_reader
 from polar_mitm.verify import Drift, ProcessScorer, Sampled, sampled
 from polar_mitm.verify import Path as Trajectory
 from polar_mitm.verify.context import differences
-from tests.e2e.sessions import BEGIN_AND_RESUME, made_to_look, session
+from tests.e2e.sessions import BEGIN_AND_RESUME, in_front_of, made_to_look, session
 from tests.support.record_fixtures import POLAR_MITM
 
 BUILDERS: tuple[Builder, ...] = ("per-request", "polar-splice", "forest")
@@ -115,7 +115,8 @@ async def record(folder: Path, harnesses: Sequence[str], turns: str) -> list[Pat
     state = running or engine.up(on_step=lambda step: print(step, file=sys.stderr))
     stores = []
     try:
-        async with made_to_look(state.url) if turns == "tools" else nullcontext(state.url) as url:
+        looking = in_front_of(state.url, made_to_look)
+        async with looking if turns == "tools" else nullcontext(state.url) as url:
             for name in harnesses:
                 for continuation in (True, False):
                     store = folder / f"{name}-{turns}-{'continued' if continuation else 'rendered'}.duckdb"

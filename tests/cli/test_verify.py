@@ -232,6 +232,26 @@ def test_what_cannot_be(
     assert message in done.json["error"]
 
 
+def test_an_engine_that_cannot_score_is_said_to_refuse(polar: Polar, tmp_path: Path, engine_url: str) -> None:
+    """It holds the weights, and has no `/v1/completions`."""
+    store = tmp_path / "scripted.duckdb"
+    info = polar("engine", "probe", "--engine", engine_url, "--json").json
+    held = {"model_served": info["model"], "policy_version": info["policy_version"]}
+    record(store, [Rollout("r", status="completed")], [sampled("r", 0, 10, 4, **held)], [])
+    done = polar("verify", store, "--engine", engine_url)
+    assert done.code == 1
+    told = " ".join(done.err.split())
+    assert "nothing was scored under scripted@" in told and "the scorer refused" in told and "404" in told
+    [rollout] = polar("verify", store, "--engine", engine_url, "--json").json["rollouts"]
+    assert rollout["unscored"] == {"refused": 4} and "404" in rollout["complaints"][0]
+
+
+def test_other_weights_are_counted_where_nothing_else_is(polar: Polar, store: Path, engine_url: str) -> None:
+    done = polar("verify", store, "-r", "rollout-A", "--engine", engine_url)
+    assert done.code == 1
+    assert "other_weights 10" in " ".join(done.err.split())
+
+
 def test_help_names_it_among_those_that_say_no(polar: Polar) -> None:
     told = " ".join(polar("--help").out.split())
     assert "the answer is no (doctor, engine status, reconstruct, verify, replay, demo)" in told

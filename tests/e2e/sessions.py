@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -35,11 +35,11 @@ BEGIN_AND_RESUME = {
 """Arguments of a harness that begin a conversation, and that go on with the last one."""
 
 
-def session(harness: str) -> list[str]:
-    """A command that has one conversation of `PROMPTS`, each in a process of its own."""
+def session(harness: str, prompts: Sequence[str] = PROMPTS) -> list[str]:
+    """A command that has one conversation of these prompts, each in a process of its own."""
     program = shlex.quote(str(ensure_harness(recipes.load(harness), default_cache()).bin_path))
     begin, resume = BEGIN_AND_RESUME[harness]
-    asked = [f"{program} {begin if n == 0 else resume} {shlex.quote(p)}" for n, p in enumerate(PROMPTS)]
+    asked = [f"{program} {begin if n == 0 else resume} {shlex.quote(p)}" for n, p in enumerate(prompts)]
     return ["sh", "-c", " && ".join(asked)]
 
 
@@ -70,12 +70,31 @@ def looking(request: dict[str, Any], nth: int) -> Answer:
     return Answer(text="" if nth == 2 else f"Step {nth}. ", reasoning=f"Hm, {nth}.\n\n", tool_calls=parallel)
 
 
-@asynccontextmanager
-async def made_to_look(engine_url: str) -> AsyncIterator[str]:
-    """The URL of an engine in front of the one at `engine_url`, whose model it holds to the session.
+def made_to_look(request: dict[str, Any]) -> dict[str, Any]:
+    """Holds a model to the session: a small one calls no tools by itself, so a grammar has it do so.
 
-    A small model calls no tools by itself: its tokens are sampled under a grammar. They, their ids and the
-    contexts are the real engine's; everything else passes through as it is.
+    Its logprobs are then no longer those of the model's own softmax.
+    """
+    pattern = grammar(request)
+    return {} if pattern is None else {"structured_outputs": {"regex": pattern}}
+
+
+def made_to_speak(request: dict[str, Any]) -> dict[str, Any]:
+    """Has a model say something: harnesses leave an empty answer out of the history, and ask again.
+
+    What it says is its own affair: vLLM takes raw logprobs before it masks the end of turn.
+    Calls without tools, for a title, need not be long.
+    """
+    if is_probe(request):
+        return {}
+    return {"min_tokens": 4} | ({} if request.get("tools") else {"max_tokens": 16})
+
+
+@asynccontextmanager
+async def in_front_of(engine_url: str, ask: Callable[[dict[str, Any]], dict[str, Any]]) -> AsyncIterator[str]:
+    """The URL of an engine in front of the one at `engine_url`, which adds `ask(request)` to chat requests.
+
+    Tokens, their ids and the contexts are the real engine's; everything else passes through as it is.
     """
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(600)) as http:
 
@@ -83,8 +102,7 @@ async def made_to_look(engine_url: str) -> AsyncIterator[str]:
             body = await request.read()
             if request.path == "/v1/chat/completions":
                 asked = json.loads(body)
-                if (pattern := grammar(asked)) is not None:
-                    body = json.dumps({**asked, "structured_outputs": {"regex": pattern}}).encode()
+                body = json.dumps({**asked, **ask(asked)}).encode()
             headers = {"content-type": request.content_type}
             url = engine_url + request.path_qs
             async with http.request(request.method, url, data=body, headers=headers) as answer:

@@ -13,7 +13,16 @@ from polar_mitm.store import open_reader
 from polar_mitm.types import ModelCall
 from tests.e2e.conftest import Cli
 from tests.e2e.engines import HarnessEngine
-from tests.e2e.sessions import BEGIN_AND_RESUME, NUM_CALLS, looking, made_to_look, session
+from tests.e2e.sessions import (
+    BEGIN_AND_RESUME,
+    NUM_CALLS,
+    PROMPTS,
+    in_front_of,
+    looking,
+    made_to_look,
+    made_to_speak,
+    session,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 each_harness = pytest.mark.parametrize("name", BEGIN_AND_RESUME)
@@ -36,9 +45,33 @@ async def test_a_thread_of_a_real_model(
     name: str, cli: Cli, vllm: engine.EngineState, tmp_path: Path
 ) -> None:
     store = tmp_path / "run.duckdb"
-    async with made_to_look(vllm.url) as url:
+    async with in_front_of(vllm.url, made_to_look) as url:
         await run_session(name, url, cli, store, "--max-tokens", 256)
     await check(cli, store)
+
+
+@each_harness
+async def test_what_a_real_model_says_scores_as_it_was_sampled(
+    name: str, cli: Cli, vllm: engine.EngineState, tmp_path: Path
+) -> None:
+    """Three processes, three calls, no grammar; float32 on both sides.
+
+    The cap is far beyond what it says: Codex and Pi do not go on from an answer that was cut off.
+    """
+    store = tmp_path / "run.duckdb"
+    async with in_front_of(vllm.url, made_to_speak) as url:
+        await run_session(name, url, cli, store, "--max-tokens", 1024)
+    calls = await check(cli, store, len(PROMPTS))
+
+    done = await cli("verify", store, "--engine", vllm.url, "--json")
+    verified = done.json()
+    assert done.code == 0, verified
+    [rollout], drift = verified["rollouts"], verified["drift"]
+    print(name, drift)
+    sampled = sum(len(call.completion_token_ids) for call in calls if call.role == "main")
+    assert rollout["unscored"] == {} and rollout["accounted"] and verified["context_equality"] == 1.0
+    assert drift["num_tokens"] == drift["num_kl_tokens"] == rollout["trained"] == sampled
+    assert 0 < drift["max"] < 1e-3 and 0 <= drift["kl"] < 1e-6
 
 
 async def run_session(name: str, url: str, cli: Cli, store: Path, *options: object) -> None:
@@ -47,7 +80,7 @@ async def run_session(name: str, url: str, cli: Cli, store: Path, *options: obje
     assert done.code == 0, done.err
 
 
-async def check(cli: Cli, store: Path) -> list[ModelCall]:
+async def check(cli: Cli, store: Path, num_calls: int = NUM_CALLS) -> list[ModelCall]:
     """One thread, continued call by call; every token accounted for, in the context it was sampled in."""
     with open_reader(store) as reader:
         (rollout,) = reader.rollouts()
@@ -55,8 +88,8 @@ async def check(cli: Cli, store: Path) -> list[ModelCall]:
     assert (rollout.status, rollout.incomplete) == ("completed", None)
     assert all(call.status == "ok" and call.delivered for call in calls)
     thread = [call for call in calls if call.role == "main"]
-    assert len(thread) == NUM_CALLS
-    assert [call.fallback for call in thread] == ["first_call"] + [None] * (NUM_CALLS - 1)
+    assert len(thread) == num_calls
+    assert [call.fallback for call in thread] == ["first_call"] + [None] * (num_calls - 1)
     for parent, call in pairwise(thread):
         assert (call.continuation, call.parent_call_id) == ("exact", parent.call_id)
         known = [*parent.prompt_token_ids, *parent.completion_token_ids]
