@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -35,11 +35,11 @@ BEGIN_AND_RESUME = {
 """Arguments of a harness that begin a conversation, and that go on with the last one."""
 
 
-def session(harness: str, prompts: Sequence[str] = PROMPTS) -> list[str]:
-    """A command that has one conversation of these prompts, each in a process of its own."""
+def session(harness: str) -> list[str]:
+    """A command that has one conversation of `PROMPTS`, each in a process of its own."""
     program = shlex.quote(str(ensure_harness(recipes.load(harness), default_cache()).bin_path))
     begin, resume = BEGIN_AND_RESUME[harness]
-    asked = [f"{program} {begin if n == 0 else resume} {shlex.quote(p)}" for n, p in enumerate(prompts)]
+    asked = [f"{program} {begin if n == 0 else resume} {shlex.quote(p)}" for n, p in enumerate(PROMPTS)]
     return ["sh", "-c", " && ".join(asked)]
 
 
