@@ -73,12 +73,12 @@ def input_of(
     num_sampled = np.maximum(columns.completion.lengths, columns.num_reported)
     unreadable = [row for row, call_id in enumerate(columns.call_ids) if call_id not in readable]
     paths, account = build(columns, rollout=rollout, builder=builder)
-    kept_out = {
-        call_id: f"call {call_id} is quarantined: {why}"
+    holes = [why for call_id, why in lost.items() if call_id in known]
+    holes += [
+        f"call {call_id} is quarantined: {why}"
         for call_id, why in account.quarantined_calls
-        if why in _HOLES
-    }
-    holes = list((kept_out | {call_id: why for call_id, why in lost.items() if call_id in known}).values())
+        if why in _HOLES and call_id not in lost
+    ]
     if rollout.incomplete in (LOST_RECORD, TWO_RECORDS):
         holes.insert(0, rollout.incomplete)
     record = list(map(sampled, calls)), int(num_sampled[unreadable].sum()), holes

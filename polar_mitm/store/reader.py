@@ -358,14 +358,13 @@ def _telling(call_id: str, lost: dict[str, str] | None) -> Iterator[None]:
 
 def _without_nulls(links: pa.Table) -> pa.Table:
     """Without calls that lack some of their tokens: a NULL is no token, and none is made up for it."""
-    whole = [True] * links.num_rows
-    for name in (*rows.TOKENS, "prompt_shared"):
+    shared = pc.or_(pc.is_valid(links["prompt_shared"]), pc.is_null(links["prompt_parent_id"]))
+    whole = shared.to_pylist()
+    for name in rows.TOKENS:
         column = links[name]
-        if name in rows.TOKENS and pc.list_flatten(column).null_count:
-            nulls = (each.is_valid and each.values.null_count for each in column)
-            whole = [w and not n for w, n in zip(whole, nulls, strict=True)]
-        if column.null_count:
-            whole = [w and each.is_valid for w, each in zip(whole, column, strict=True)]
+        if column.null_count or pc.list_flatten(column).null_count:
+            fine = (each.is_valid and not each.values.null_count for each in column)
+            whole = [w and f for w, f in zip(whole, fine, strict=True)]
     return links if all(whole) else links.filter(pa.array(whole))
 
 

@@ -228,6 +228,12 @@ def test_a_null_is_no_token(path: Path, column: str, value: str) -> None:
         assert lost == {"c0004": "call c0004 lacks some of its tokens"}
 
 
+def test_a_parent_without_a_length_is_told(path: Path) -> None:
+    damage(path, "UPDATE call_rows SET prompt_shared = NULL WHERE call_id = 'c0004'")
+    with open_reader(path) as reader:
+        assert reader.readable_calls("r1")[1] == {"c0004": "call c0004 lacks some of its tokens"}
+
+
 def test_the_only_call_of_a_rollout_stands_on_one_that_is_lost(path: Path) -> None:
     damage(path, "DELETE FROM call_rows WHERE call_id <> 'c0001'")
     with open_reader(path) as reader:
