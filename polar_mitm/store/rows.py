@@ -136,7 +136,7 @@ def call_row(
     )
 
 
-class _Lineage(msgspec.Struct, omit_defaults=True):
+class _Lineage(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     """What the column `lineage` holds: fields of a call that only some calls have."""
 
     continuation: Continuation = "none"
