@@ -92,6 +92,11 @@ def input_of(
     except (MsgspecError, TypeError):
         holes.append("its stored account is damaged: `polar-mitm reconstruct --write` writes it again")
         stored = StoredAccount(0, 0, {}, {})
+    if rollout.incomplete is not None and stored.trained:
+        holes.append(
+            f"it is incomplete ({rollout.incomplete}), and its stored trajectories were written before that: "
+            "`polar-mitm reconstruct --write` writes them again"
+        )
     written = stored_trajectories(reader, rollout.rollout_id, builder)
     return Input(*record, "stored", listed["n"][0].as_py(), written, stored)
 

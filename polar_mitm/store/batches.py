@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from polar_mitm.errors import StoreError
@@ -50,6 +51,8 @@ def packed_batches(
 ) -> Iterator[PackedBatch]:
     """The trajectories of a builder in batches of at most `max_tokens`, in the order they were written.
 
+    A rollout that is incomplete is left out, also where it became so after its trajectories were written.
+
     Args:
         reader: an open store.
         max_tokens: N is at most this; nothing is cut or dropped to get there.
@@ -70,6 +73,9 @@ def packed_batches(
         "SELECT trajectory_no, trajectory_id, rollout_id, num_tokens, mask_runs "
         f"FROM trajectory_rows {where} ORDER BY trajectory_no"
     ).combine_chunks()
+    holes = {rollout.rollout_id for rollout in reader.rollouts() if rollout.incomplete is not None}
+    fit = [rollout_id not in holes for rollout_id in listed["rollout_id"].to_pylist()]
+    listed = listed.filter(pa.array(fit, pa.bool_()))
     ids, rollouts = listed["trajectory_id"].to_pylist(), listed["rollout_id"].to_pylist()
     numbers, sizes = (listed[name].to_numpy().astype(np.int64) for name in ("trajectory_no", "num_tokens"))
     runs = lists_of(listed["mask_runs"], np.int32)

@@ -123,6 +123,7 @@ HOLES = [
 ]
 STORED_HOLES = [
     ("UPDATE builds SET report = '{'", "its stored account is damaged"),
+    ("UPDATE rollout_rows SET incomplete = 'x' WHERE rollout_id = 'rollout-A'", "it is incomplete (x)"),
     ("UPDATE trajectory_rows SET mask_runs = [1]", "trajectory rollout-A-call-1 is damaged"),
 ]
 

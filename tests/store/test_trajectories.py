@@ -57,7 +57,7 @@ def built(name: str, mask: list[int], rollout_id: str = "r1") -> Built:
 
 def empty(path: Path) -> Path:
     with Recorder(path, share=False) as recorder:
-        recorder.rollout(Rollout("r1"))
+        recorder.rollout(Rollout("r1", status="completed"))
     return path
 
 
@@ -138,6 +138,17 @@ def test_batches(tmp_path: Path) -> None:
         assert list(packed_batches(reader, max_tokens=10, builder="nobody")) == []
         with pytest.raises(StoreError, match="trajectory a has 2003 tokens, a batch 2002"):
             next(packed_batches(reader, max_tokens=2002))
+
+
+def test_what_became_incomplete_is_in_no_batch(tmp_path: Path) -> None:
+    path = empty(tmp_path / "s.duckdb")
+    write(path, SOME, rollouts=("r1", "r2"))
+    with Recorder(path, share=False) as recorder:
+        assert recorder.rollout(Rollout("r1", status="completed", incomplete="a call is missing")).result()
+    with open_reader(path) as reader:
+        for only in (None, ["r1", "r2"]):
+            batches = packed_batches(reader, max_tokens=10_000, rollout_ids=only)
+            assert {rollout_id for batch in batches for rollout_id in batch.rollout_ids} == {"r2"}
 
 
 def test_batches_keep_their_arrays_unless_told_otherwise(tmp_path: Path) -> None:
