@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +22,9 @@ from polar_mitm.upstream.render import Answers
 if TYPE_CHECKING:
     from polar_mitm.store import Recorder
 
+logger = logging.getLogger(__name__)
+
+RECORD_TIMEOUT_S = 10.0
 MAX_EVENTS_PER_NAME = 100
 MAX_NAMES = 1000
 
@@ -66,6 +71,18 @@ class Capture:
         """Whose connection this is: decided by the listener that accepted it, never by its content."""
         session = self.clients.get(client_id, self.default)
         return None if session is None or session.closed else session
+
+    async def record(self, session: Session, call: ModelCall) -> None:
+        """Make a call durable. Whatever goes wrong here, the harness gets its answer."""
+        session.num_calls += 1
+        try:
+            self.observe(call)
+            async with asyncio.timeout(RECORD_TIMEOUT_S):
+                # Where this gives False, the recorder itself has marked the rollout.
+                await asyncio.wrap_future(self.recorder.call(call))
+        except Exception as error:
+            logger.exception("call %s may not be in the store", call.call_id)
+            session.incomplete = f"call {call.call_id} may not be in the store: {error!r}"
 
     def egress(
         self, session: Session, verdict: EgressVerdict, layer: EgressLayer, name: str, detail: str = ""

@@ -21,14 +21,13 @@ from polar_mitm.errors import PolarError
 from polar_mitm.exchange import Exchange, Lookups, Step
 from polar_mitm.types import Wire
 from polar_mitm.upstream.render import Lookup
-from polar_mitm_addons.capture import Capture, Session
+from polar_mitm_addons.capture import RECORD_TIMEOUT_S, Capture, Session
 from polar_mitm_addons.identify import PROVIDER, wants_websocket
 from polar_mitm_addons.replies import stream_head, to_response
 from polar_mitm_addons.streaming import ANSWER, GONE, TOO_LARGE, Answer, send
 
 logger = logging.getLogger(__name__)
 
-RECORD_TIMEOUT_S = 10.0
 LINGER_S = 1.0
 
 
@@ -40,15 +39,11 @@ class Intercept:
         self._live: set[_Call] = set()
 
     async def request(self, flow: http.HTTPFlow) -> None:
-        provider = flow.metadata.get(PROVIDER)
-        session = self._capture.session(flow.client_conn.id)
-        if flow.response is not None or provider is None or session is None:
+        if (asked := model_call(self._capture, flow)) is None:
             return
-        found = route(provider, flow.request.method, flow.request.path, upgrade=wants_websocket(flow.request))
-        if found.kind != "model":
-            return
+        session, dialect = asked
         exchange = Exchange(
-            DIALECTS[found.dialect],
+            DIALECTS[dialect],
             self._capture.engine,
             self._capture.settings,
             rollout_id=session.rollout_id,
@@ -65,7 +60,7 @@ class Intercept:
         except Exception:  # hooks fail open: whatever happened, the harness gets an answer
             logger.exception("intercept failed")
             error = PolarError("internal", "the interceptor failed; see its log")
-            flow.response = to_response(DIALECTS[found.dialect].encode_error(error, exchange.call.call_id))
+            flow.response = to_response(DIALECTS[dialect].encode_error(error, exchange.call.call_id))
 
     def client_disconnected(self, client: connection.Client) -> None:
         for call in self._live:
@@ -271,19 +266,19 @@ class _Call:
             self._head.set_exception(error or RuntimeError("the call was interrupted"))
 
     async def _record(self, *, delivered: bool) -> None:
-        """Make the call durable. Whatever goes wrong here, the harness gets its answer."""
-        session = self.session
         call = self._exchange.record(delivered=delivered)
-        session.num_calls += 1
-        session.num_sampled_tokens += len(call.completion_token_ids)
-        try:
-            self._capture.observe(call)
-            async with asyncio.timeout(RECORD_TIMEOUT_S):
-                # Where this gives False, the recorder itself has marked the rollout.
-                await asyncio.wrap_future(self._capture.recorder.call(call))
-        except Exception as error:
-            logger.exception("call %s may not be in the store", call.call_id)
-            session.incomplete = f"call {call.call_id} may not be in the store: {error!r}"
+        self.session.num_sampled_tokens += len(call.completion_token_ids)
+        await self._capture.record(self.session, call)
+
+
+def model_call(capture: Capture, flow: http.HTTPFlow) -> tuple[Session, str] | None:
+    """Whose model call a request is, and its dialect; None where it is none, or has an answer already."""
+    provider = flow.metadata.get(PROVIDER)
+    session = capture.session(flow.client_conn.id)
+    if flow.response is not None or provider is None or session is None:
+        return None
+    found = route(provider, flow.request.method, flow.request.path, upgrade=wants_websocket(flow.request))
+    return (session, found.dialect) if found.kind == "model" else None
 
 
 def wire_of(flow: http.HTTPFlow) -> Wire:

@@ -19,14 +19,12 @@ from polar_mitm.compression import decompress
 from polar_mitm.dialects.base import Reply
 from polar_mitm.dialects.ids import new_id
 from polar_mitm.dialects.registry import DIALECTS
-from polar_mitm.dialects.routes import route
 from polar_mitm.errors import PolarError
 from polar_mitm.replay import Replay, Step, plan
 from polar_mitm.store.redact import credentials, redact_body, redact_headers, redact_path
 from polar_mitm.types import ModelCall, Wire
-from polar_mitm_addons.capture import Capture, Session
-from polar_mitm_addons.identify import PROVIDER, wants_websocket
-from polar_mitm_addons.intercept import RECORD_TIMEOUT_S, Intercept, wire_of
+from polar_mitm_addons.capture import RECORD_TIMEOUT_S, Capture, Session
+from polar_mitm_addons.intercept import Intercept, model_call, wire_of
 from polar_mitm_addons.replies import stream_head, to_response
 from polar_mitm_addons.streaming import ANSWER, GONE, Answer, hang_up, send
 
@@ -48,26 +46,22 @@ class ServeRecorded:
         self._ids: dict[str, str] = {}
 
     async def request(self, flow: http.HTTPFlow) -> None:
-        provider = flow.metadata.get(PROVIDER)
-        session = self._capture.session(flow.client_conn.id)
-        if flow.response is not None or provider is None or session is None:
+        if (asked := model_call(self._capture, flow)) is None:
             return
-        found = route(provider, flow.request.method, flow.request.path, upgrade=wants_websocket(flow.request))
-        if found.kind != "model":
-            return
+        session, dialect = asked
         try:
             wire = _whole(flow, self._capture.settings.max_body_bytes)
-            step, recorded = self._replay.take(found.dialect, _as_stored(wire))
+            step, recorded = self._replay.take(dialect, _as_stored(wire))
             if step.outcome == "live":
                 await self._live.request(flow)
             elif recorded is None:
-                flow.response = to_response(await self._refuse(session, found.dialect, wire, step))
+                flow.response = to_response(await self._refuse(session, dialect, wire, step))
             else:
                 flow.response = await self._serve(session, flow, wire, step, recorded)
         except Exception:  # hooks fail open: whatever happened, the harness gets an answer
             logger.exception("replay failed")
             error = PolarError("internal", "the replay failed; see its log")
-            flow.response = to_response(DIALECTS[found.dialect].encode_error(error))
+            flow.response = to_response(DIALECTS[dialect].encode_error(error))
 
     def client_disconnected(self, client: connection.Client) -> None:
         self._live.client_disconnected(client)
@@ -123,7 +117,7 @@ class ServeRecorded:
         wire.status, wire.response_headers = reply.status, list(reply.headers.items())
         wire.response_body, wire.chunk_sizes, wire.chunk_at_ms = reply.body, [len(reply.body)], [0.0]
         call.ended_at = call.started_at
-        await _record(self._capture, session, call)
+        await self._capture.record(session, call)
         return reply
 
 
@@ -240,7 +234,7 @@ class _Served:
             self._step.note = "the harness hung up, which it did not in the record"
         call.delivered = call.status == "ok"
         self._remember()
-        await _record(self._capture, self._session, call)
+        await self._capture.record(self._session, call)
 
     def _remember(self) -> None:
         """After a fork, live calls may continue this one."""
@@ -253,18 +247,6 @@ class _Served:
             pass  # a refused request, which nothing continues
         except Exception:  # the harness gets its answer all the same
             logger.exception("lineage of call %s", call.call_id)
-
-
-async def _record(capture: Capture, session: Session, call: ModelCall) -> None:
-    """Make the call durable. Whatever goes wrong here, the harness gets its answer."""
-    session.num_calls += 1
-    try:
-        capture.observe(call)
-        async with asyncio.timeout(RECORD_TIMEOUT_S):
-            await asyncio.wrap_future(capture.recorder.call(call))
-    except Exception as error:
-        logger.exception("call %s may not be in the store", call.call_id)
-        session.incomplete = f"call {call.call_id} may not be in the store: {error!r}"
 
 
 def _whole(flow: http.HTTPFlow, limit: int) -> Wire:

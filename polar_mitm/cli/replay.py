@@ -20,7 +20,7 @@ from polar_mitm.cli.output import JsonFlag, plural, print_json, say
 from polar_mitm.cli.reading import StoreOption, chosen, reading
 from polar_mitm.cli.replay_report import is_exact, tell_report
 from polar_mitm.cli.rollout import Job, Outcome, run_rollout
-from polar_mitm.cli.run import install, pairs, workspace
+from polar_mitm.cli.run import install, job_of, pairs, workspace
 from polar_mitm.cli.settings import ConfigOption, settings_from
 from polar_mitm.config import Settings
 from polar_mitm.dialects.routes import ERROR_DIALECT
@@ -187,16 +187,7 @@ def _job(recorded: Rollout, harness: str | None, command: Sequence[str]) -> Job:
     given = list(command or recorded.command)
     names = [Path(each).name for each in given[: len(program)]]
     own = names == [Path(each).name for each in program]
-    return Job(
-        [*program, *given[len(program) :]] if own else given,
-        name=recipe.name,
-        version=recipe.version,
-        env=recipe.env,
-        home=recipe.home,
-        read_only=list(installed.ro_paths) if installed else [],
-        path=installed.path if installed else (),
-        hosts=recipe.hosts,
-    )
+    return job_of(recipe, installed, [*program, *given[len(program) :]] if own else given)
 
 
 def _deadline(recorded: Rollout) -> float:

@@ -157,6 +157,11 @@ def prepare(harness: str | None, command: Sequence[str], prompt: str | None) -> 
     else:
         own = Path(command[0]).name == Path(program[0]).name
         arguments = [*program, *command[1:]] if own else list(command)
+    return job_of(recipe, installed, arguments)
+
+
+def job_of(recipe: Recipe, installed: InstalledHarness | None, arguments: list[str]) -> Job:
+    """A command in the surroundings that its recipe describes."""
     return Job(
         arguments,
         name=recipe.name,

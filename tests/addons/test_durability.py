@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from polar_mitm_addons import intercept
+from polar_mitm_addons import capture
 from tests.support.engine_bytes import events
 from tests.support.held_engine import HeldEngine
 from tests.support.rig import MESSAGES, RESPONSES, next_event, post, read_until, rig, says, settled
@@ -70,7 +70,7 @@ async def test_a_record_that_fails_costs_no_answer(url: str, stream: bool) -> No
 async def test_a_recorder_that_hangs_costs_no_answer(
     url: str, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(intercept, "RECORD_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(capture, "RECORD_TIMEOUT_S", 0.05)
     async with HeldEngine() as engine, rig(engine.url) as r:
         r.recorder.hold = True
         box = await r.box()

@@ -26,7 +26,7 @@ from typing import Any, Self
 
 from aiohttp import web
 
-from tests.support import byte_tokens, engine_wire, fast_engine
+from tests.support import byte_tokens, engine_wire
 from tests.support.engine_wire import CREATED, EngineCall, Token
 from tests.support.scripts import Answer, Script, always, write_file_in_two_turns
 
@@ -227,17 +227,7 @@ async def _serve(options: argparse.Namespace) -> None:
         if options.script == "write-file"
         else always(Answer(text=options.content))
     )
-    engine: ScriptedEngine | fast_engine.FastEngine
-    if options.fast:
-        engine = fast_engine.FastEngine(
-            num_tokens=options.tokens,
-            num_prompt_tokens=options.prompt_tokens,
-            chunk_delay_s=options.chunk_delay,
-            host=options.host,
-            port=options.port,
-        )
-    else:
-        engine = ScriptedEngine(script, host=options.host, port=options.port, model=options.model)
+    engine = ScriptedEngine(script, host=options.host, port=options.port, model=options.model)
     async with engine:
         print(engine.url, flush=True)
         await asyncio.Event().wait()
@@ -251,10 +241,6 @@ def main() -> None:
     parser.add_argument("--script", choices=["write-file", "say"], default="write-file")
     parser.add_argument("--path", default="hello.txt")
     parser.add_argument("--content", default="hello from the scripted engine\n")
-    parser.add_argument("--fast", action="store_true", help="precomputed answers, for benchmarks")
-    parser.add_argument("--tokens", type=int, default=32, help="with --fast: sampled tokens per answer")
-    parser.add_argument("--prompt-tokens", type=int, default=1000, help="with --fast: prompt ids per answer")
-    parser.add_argument("--chunk-delay", type=float, default=0.0, help="with --fast: seconds between tokens")
     try:
         asyncio.run(_serve(parser.parse_args()))
     except KeyboardInterrupt:

@@ -239,9 +239,9 @@ async def test_fast_engine_streams_its_tokens_over_kept_connections(chunk_delay_
         assert (await probe(engine.url)).model == "scripted"
 
 
-@pytest.mark.parametrize("mode", [[], ["--fast"]])
-async def test_command_line_prints_its_url_and_answers(mode: list[str]) -> None:
-    command = [sys.executable, "-m", "tests.support.scripted_engine", "--port", "0", *mode]
+@pytest.mark.parametrize("module", ["scripted_engine", "fast_engine"])
+async def test_command_line_prints_its_url_and_answers(module: str) -> None:
+    command = [sys.executable, "-m", f"tests.support.{module}"]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     try:
         assert process.stdout is not None
