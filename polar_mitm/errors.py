@@ -47,5 +47,9 @@ class StoreError(Exception):
     """A store cannot be opened, read or migrated; the message says what to do."""
 
 
+class TaskError(Exception):
+    """A task, or where tasks come from, is wrong; the message says what."""
+
+
 class SetupError(Exception):
     """Something this machine lacks (bwrap, node, a user namespace); the message says how to get it."""

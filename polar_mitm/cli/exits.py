@@ -7,7 +7,7 @@ from types import FrameType
 from typing import NoReturn
 
 from polar_mitm.cli.output import complain, print_json
-from polar_mitm.errors import EngineUnfit, SetupError, StoreError
+from polar_mitm.errors import EngineUnfit, SetupError, StoreError, TaskError
 
 NO = 1  # the command ran, and the answer is no
 INPUT = 2  # an option, a file or an id is wrong
@@ -78,7 +78,7 @@ def report(error: BaseException, command: str, machine: bool) -> int:
 def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, Failure):
         return error.code, str(error)
-    if isinstance(error, StoreError):
+    if isinstance(error, StoreError | TaskError):
         return INPUT, str(error)
     if isinstance(error, EngineUnfit):
         return ENGINE, str(error)
