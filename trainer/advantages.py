@@ -17,11 +17,11 @@ _ZERO = 1e-8  # a standard deviation that is rounding
 
 @dataclass(frozen=True, slots=True)
 class GroupCounts:
-    """What became of the groups of a step: each is in one of the first four. `num_unrewarded` is of rollouts."""
+    """What became of the groups of a step, each in one of the first four; the last counts rollouts."""
 
     num_used: int = 0
     num_zero_variance: int = 0
-    num_of_one: int = 0
+    num_of_one: int = 0  # rollouts with a reward
     num_empty: int = 0
     num_unrewarded: int = 0
 

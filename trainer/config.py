@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from polar_mitm_trainer.samples import Aggregation
 
@@ -69,10 +69,20 @@ class LossConfig(_Part):
     kl_estimator: Literal["k1", "k3"] = "k3"
     correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
     correction_cap: float = Field(default=2.0, gt=0)
+    correction_floor: float = Field(default=0.0, ge=0)  # the ratio is bounded below too; 0 is no bound
     overlong: Literal["keep", "mask", "shape"] = "keep"  # rollouts that were cut off; DAPO's shaping
     overlong_length: int | None = Field(default=None, ge=1)  # trained tokens where shaping ends
     overlong_buffer: int | None = Field(default=None, ge=1)  # and how many before it begins
     max_staleness: int | None = Field(default=None, ge=0)  # steps; older tokens are masked, and counted
+
+    @model_validator(mode="after")
+    def _corrected_once(self) -> Self:
+        if self.old_policy == "behaviour" and self.correction.endswith("truncate"):
+            raise ValueError(
+                f"correction '{self.correction}' needs old_policy = 'recomputed': a ratio to the engine's "
+                "behaviour logprobs holds what it corrects already (masks go with either)"
+            )
+        return self
 
 
 class PackingConfig(_Part):
