@@ -1,0 +1,225 @@
+"""The learner as a process of its own, so that who runs rollouts never loads torch, and outlives its crash.
+
+    polar-mitm rl  --Worker-->  socket in a private folder  -->  python -m polar_mitm_trainer.worker  (Learner)
+
+One command at a time, pickled; the socket's folder is this user's alone, and a key in it has to be known.
+With more than one process (`torchrun`), rank 0 has the socket and tells the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from polar_mitm.errors import SetupError
+from polar_mitm_trainer.config import TrainConfig
+from polar_mitm_trainer.samples import Sample
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from polar_mitm_trainer.learner import Learner
+
+_NUM_LINES = 15
+_POLL_S = 0.05
+_PATIENCE_S = 30.0
+
+
+class WorkerLost(SetupError):
+    """The learner's process has ended; what it saved last is where it was."""
+
+
+class Refused(SetupError):
+    """The learner did not do what it was told, and is as it was before."""
+
+
+class Worker:
+    """A learner in another process. Its methods block, one at a time whatever the thread.
+
+    Args:
+        config: what the learner is made of.
+        log: what it prints goes to this file.
+        num_processes: more than one are started with `torchrun`.
+
+    Raises:
+        SetupError: it does not start: no torch, no such model; the message says which.
+        WorkerLost, Refused: from any method.
+    """
+
+    def __init__(self, config: TrainConfig, log: Path, *, num_processes: int = 1) -> None:
+        self._log = log
+        self._one = threading.Lock()
+        self._folder = tempfile.TemporaryDirectory(prefix="polar-mitm-worker-")
+        key = secrets.token_bytes(32)
+        (Path(self._folder.name) / "key").write_bytes(key)
+        module = ["-m", "polar_mitm_trainer.worker", self._folder.name]
+        many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+        with log.open("ab") as out:
+            self._process = subprocess.Popen(
+                [sys.executable, *(many if num_processes > 1 else []), *module],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for whoever has the terminal, who then tells it
+            )
+        try:
+            self._connection = self._connect(key)
+            self._ask("start", config)
+        except BaseException:
+            self.kill()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """Of the process, or of the `torchrun` above it."""
+        return self._process.pid
+
+    def step(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """One step on these samples, weighed; its metrics."""
+        return dict(self._ask("step", list(samples)))
+
+    def logprobs(self, samples: Sequence[Sample]) -> list[NDArray[np.float32]]:
+        """Logprobs [T] in nats of each sample under the weights as they are."""
+        return list(self._ask("logprobs", list(samples)))
+
+    def export(self, folder: Path) -> None:
+        """Write the weights as a Hugging Face folder for an engine."""
+        self._ask("export", folder)
+
+    def save(self, folder: Path, position: dict[str, Any]) -> None:
+        """Write a checkpoint, whole or not at all."""
+        self._ask("save", folder, position)
+
+    def resume(self, folder: Path) -> dict[str, Any]:
+        """Take up a checkpoint; the position that it was saved with."""
+        return dict(self._ask("resume", folder))
+
+    def version(self) -> int:
+        """How many optimiser steps the weights have behind them."""
+        return int(self._ask("version"))
+
+    def stop(self) -> None:
+        """End it in good order; by force where it does not."""
+        with contextlib.suppress(SetupError, OSError):
+            self._ask("stop")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_PATIENCE_S)
+        self.kill()
+
+    def kill(self) -> None:
+        """End it by force."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _connect(self, key: bytes) -> Connection:
+        address = str(Path(self._folder.name) / "socket")
+        while True:
+            if self._process.poll() is not None:
+                raise self._lost("did not start")
+            try:
+                return Client(address, "AF_UNIX", authkey=key)
+            except (FileNotFoundError, ConnectionRefusedError):
+                time.sleep(_POLL_S)
+            except (EOFError, OSError):
+                raise self._lost("did not start") from None
+
+    def _ask(self, command: str, *arguments: Any) -> Any:
+        with self._one:
+            try:
+                self._connection.send((command, arguments))
+                done, answer = self._connection.recv()
+            except (EOFError, OSError) as error:
+                raise self._lost("ended") from error
+        if not done:
+            raise Refused(answer)
+        return answer
+
+    def _lost(self, how: str) -> WorkerLost:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_PATIENCE_S)
+        code = self._process.poll()
+        by = f" (signal {-code})" if code is not None and code < 0 else ""
+        return WorkerLost(f"the learner's process {how}{by}; {self._log} ends with:\n{tail(self._log)}")
+
+
+def tail(log: Path) -> str:
+    """The last lines of a log."""
+    with log.open(errors="replace") as lines:
+        return "".join(deque(lines, _NUM_LINES)).rstrip() or "(nothing)"
+
+
+class _Server:
+    """What a command does to the learner."""
+
+    learner: Learner
+
+    def start(self, config: TrainConfig) -> None:
+        from polar_mitm_trainer.learner import Learner
+
+        self.learner = Learner(config)
+
+    def step(self, samples: list[Sample]) -> dict[str, float]:
+        return self.learner.step(samples)
+
+    def logprobs(self, samples: list[Sample]) -> list[NDArray[np.float32]]:
+        return self.learner.logprobs(samples)
+
+    def export(self, folder: Path) -> None:
+        self.learner.export(folder)
+
+    def save(self, folder: Path, position: dict[str, Any]) -> None:
+        self.learner.save(folder, position)
+
+    def resume(self, folder: Path) -> dict[str, Any]:
+        return self.learner.resume(folder)
+
+    def version(self) -> int:
+        return self.learner.version
+
+
+def main(folder: Path) -> None:
+    """Do what comes over the socket in `folder` until it is stopped, or nobody is there any more."""
+    key = (folder / "key").read_bytes()
+    with Listener(str(folder / "socket"), "AF_UNIX", authkey=key) as listener:
+        connection = listener.accept()
+    server = _Server()
+    with connection, contextlib.suppress(EOFError, OSError):
+        while True:
+            command, arguments = connection.recv()
+            try:
+                answer = True, getattr(server, command)(*arguments) if command != "stop" else None
+            except Exception as error:
+                traceback.print_exc()
+                answer = False, f"{error}" if isinstance(error, SetupError | ValueError) else repr(error)
+            connection.send(answer)
+            if command == "stop":
+                return
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
