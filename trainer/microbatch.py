@@ -30,7 +30,9 @@ class MicroBatch:
     `token_ids` [N] int64; `position_ids` [N] int64, the depth of each token. The hidden state at `sources`
     [M] int64 predicts `targets` [M] int64 (ids); where branches part, one state predicts several targets.
     `samples` [M] int64 says whose token it is, 0..S-1. `behaviour_logprobs`, `advantages`, `weights` [M]
-    float32 as in `Sample`. `num_unpacked` is what the samples would take laid out one by one.
+    float32 as in `Sample`. Of one sample they come in its own order, and its tokens are all here.
+    `sample_indices` [S]: which of the samples that were packed each is. `num_unpacked` is what the samples
+    would take laid out one by one.
     """
 
     token_ids: Tensor
@@ -44,6 +46,7 @@ class MicroBatch:
     weights: Tensor
     num_samples: int
     num_unpacked: int
+    sample_indices: tuple[int, ...]
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same on `device`."""
