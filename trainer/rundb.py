@@ -1,4 +1,4 @@
-"""What a training run leaves behind: `run.duckdb` for questions, `metrics.jsonl` for `tail -f`. No torch here.
+"""What a training run leaves: `run.duckdb` for questions, `metrics.jsonl` for `tail -f`. No torch here.
 
 A DuckDB file that one process writes is closed to every other. So it is opened for each commit and let go
 again: between steps anybody may read it. A commit that meets a reader waits a moment, and goes with the

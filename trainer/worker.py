@@ -1,6 +1,6 @@
 """The learner as a process of its own, so that who runs rollouts never loads torch, and outlives its crash.
 
-    polar-mitm rl  --Worker-->  socket in a private folder  -->  python -m polar_mitm_trainer.worker  (Learner)
+    polar-mitm rl --Worker--> socket in a private folder --> python -m polar_mitm_trainer.worker: Learner
 
 One command at a time, pickled; the socket's folder is this user's alone, and a key in it has to be known.
 With more than one process (`torchrun`), rank 0 has the socket and tells the others.

@@ -88,7 +88,10 @@ def test_others_read_between_steps_and_hold_nothing_up(tmp_path: Path) -> None:
     db = RunDB(tmp_path, "run")
     db.begin("rl", "", {}, None)
     db.step(1, [ROW], {"reward": 0.5}, policy_version="step-1", started_at=1.0)
-    code = f"import duckdb, sys; c = duckdb.connect({str(db.path)!r}, read_only=True); print(1); sys.stdin.read()"
+    code = (
+        f"import duckdb, sys; c = duckdb.connect({str(db.path)!r}, read_only=True)\n"
+        "print(1, flush=True); sys.stdin.read()"
+    )
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True) as reader:
         assert reader.stdout is not None and reader.stdout.readline() == "1\n"
