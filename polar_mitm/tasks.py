@@ -7,6 +7,7 @@ import importlib.util
 import random
 import sys
 import tomllib
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -102,14 +103,19 @@ def load_tasks(source: str | Path, split: str = "train", seed: int = 0) -> Itera
         TaskError: there is no such source, it is broken, or it has no tasks; says what to do. A task that
             is wrong raises when its turn comes.
     """
-    name, colon, function = str(source).rpartition(":")
-    path = Path(name if colon else source)
-    if path.is_dir() and not colon:
-        return _checked(_from_folder(path, split, seed), source, split)
-    if path.suffix != ".py":
-        raise TaskError(f"{source} is no task source: give FILE.py, FILE.py:FUNCTION or a folder")
-    made = _called(path, function or _FUNCTION, split, seed)
+    if Path(source).is_dir():
+        return _checked(_from_folder(Path(source), split, seed), source, split)
+    file, dot_py, function = str(source).rpartition(".py")
+    if not dot_py or function[:1] not in ("", ":"):
+        raise TaskError(f"{source} is no task source: give FILE.py, FILE.py:FUNCTION or a folder that exists")
+    made = _called(Path(file + dot_py), function[1:] or _FUNCTION, split, seed)
     return _checked(made, source, split)
+
+
+def located(error: BaseException) -> str:
+    """What was raised, and where, for people who wrote the code that raised it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{error!r} at {last.filename}:{last.lineno}"
 
 
 def _checked(tasks: Iterable[Any], source: object, split: str) -> Iterator[Task]:
@@ -125,7 +131,7 @@ def _checked(tasks: Iterable[Any], source: object, split: str) -> Iterator[Task]
             except TaskError as error:
                 raise TaskError(f"{source}: {error}") from error
             except Exception as error:
-                raise TaskError(f"{source} failed as it made a task: {error!r}") from error
+                raise TaskError(f"{source} failed as it made a task: {located(error)}") from error
             if not isinstance(task, Task):
                 raise TaskError(f"{source} gave {task!r}, which is no polar_mitm.tasks.Task")
             yield task
@@ -152,7 +158,7 @@ def _called(path: Path, name: str, split: str, seed: int) -> Iterable[Any]:
     try:
         made = function(split, seed)
     except Exception as error:
-        raise TaskError(f"{path}: {name}({split!r}, {seed}) failed: {error!r}") from error
+        raise TaskError(f"{path}: {name}({split!r}, {seed}) failed: {located(error)}") from error
     if not isinstance(made, Iterable):
         raise TaskError(f"{path}: {name}({split!r}, {seed}) gave {made!r}, and not tasks")
     return made
@@ -173,7 +179,7 @@ def _module(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise TaskError(f"{path} cannot be loaded: {error!r}") from error
+        raise TaskError(f"{path} cannot be loaded: {located(error)}") from error
     return module
 
 

@@ -11,7 +11,20 @@ from typing import Annotated, NoReturn
 import typer
 
 from polar_mitm import __version__
-from polar_mitm.cli import calls, demo, doctor, engine, exits, replay, run, seal, trajectories, up, verify
+from polar_mitm.cli import (
+    calls,
+    collect,
+    demo,
+    doctor,
+    engine,
+    exits,
+    replay,
+    run,
+    seal,
+    trajectories,
+    up,
+    verify,
+)
 from polar_mitm.cli.output import JsonFlag, print_json
 
 _SETUP, _CAPTURE, _READ = "Set up", "Capture", "Read (also while a capture runs)"
@@ -35,6 +48,7 @@ app.command(
     epilog=run.EXAMPLES,
     context_settings={"allow_interspersed_args": False},
 )(run.run)
+app.command("collect", rich_help_panel=_CAPTURE, epilog=collect.EXAMPLES)(collect.collect)
 app.command("replay", rich_help_panel=_CAPTURE, epilog=replay.EXAMPLES)(replay.replay)
 app.command("up", rich_help_panel=_CAPTURE, epilog=up.EXAMPLES)(up.up)
 

@@ -63,15 +63,9 @@ class Job:
     """Descriptors that the command writes to; its runner's own by default."""
 
 
-async def run_rollout(job: Job, host: Host) -> Outcome:
-    """Run `job` in a sandbox whose only way out is `host`; the rollout is recorded whatever happens.
-
-    Raises:
-        SetupError: the sandbox cannot be made; nothing was run.
-    """
-    from polar_mitm_sandbox import NamespaceSandbox
-
-    rollout = Rollout(
+def rollout_of(job: Job) -> Rollout:
+    """The record of a rollout that is to begin."""
+    return Rollout(
         new_id(),
         group_id=job.group_id,
         task_id=job.task_id,
@@ -81,6 +75,20 @@ async def run_rollout(job: Job, host: Host) -> Outcome:
         harness_version=job.version,
         command=list(job.command),
     )
+
+
+async def run_rollout(job: Job, host: Host, rollout: Rollout | None = None) -> Outcome:
+    """Run `job` in a sandbox whose only way out is `host`; the rollout is recorded whatever happens.
+
+    Args:
+        rollout: its record, `rollout_of(job)` by default, for who wants to look at it afterwards.
+
+    Raises:
+        SetupError: the sandbox cannot be made; nothing was run.
+    """
+    from polar_mitm_sandbox import NamespaceSandbox
+
+    rollout = rollout or rollout_of(job)
     sandbox = NamespaceSandbox()
     ending: tuple[RolloutStatus, str] = ("failed", "the sandbox did not start")
     begun_at = time.monotonic()
