@@ -20,6 +20,7 @@ from polar_mitm.store.columns import lists_of
 from polar_mitm.store.reader import StoreReader
 from polar_mitm.store.rows import quote
 
+_LISTED = "SELECT trajectory_no, trajectory_id, rollout_id, num_tokens, mask_runs FROM trajectory_rows"
 _ROWS = 65_536  # fits into a CPU's second-level cache
 _DAMAGED = "{}: its trajectories are damaged: `polar-mitm reconstruct --write` writes them again"
 
@@ -69,16 +70,11 @@ def packed_batches(
         where += f" AND rollout_id IN ({', '.join(map(quote, rollout_ids)) or 'NULL'})"
     if trained_only:
         where += " AND num_trained > 0"
-    listed = reader.sql(
-        "SELECT trajectory_no, trajectory_id, rollout_id, num_tokens, mask_runs "
-        f"FROM trajectory_rows {where} ORDER BY trajectory_no"
-    ).combine_chunks()
+    listed = reader.sql(f"{_LISTED} {where} ORDER BY trajectory_no").combine_chunks()
     holes = {rollout.rollout_id for rollout in reader.rollouts() if rollout.incomplete is not None}
     fit = [rollout_id not in holes for rollout_id in listed["rollout_id"].to_pylist()]
-    listed = listed.filter(pa.array(fit, pa.bool_()))
-    ids, rollouts = listed["trajectory_id"].to_pylist(), listed["rollout_id"].to_pylist()
-    numbers, sizes = (listed[name].to_numpy().astype(np.int64) for name in ("trajectory_no", "num_tokens"))
-    runs = lists_of(listed["mask_runs"], np.int32)
+    listed = listed.filter(pa.array(fit, pa.bool_())).combine_chunks()
+    ids, sizes = listed["trajectory_id"].to_pylist(), listed["num_tokens"].to_numpy().astype(np.int64)
     for row in np.flatnonzero(sizes > max_tokens)[:1]:
         raise StoreError(
             f"trajectory {ids[row]} has {sizes[row]} tokens, a batch {max_tokens}: "
@@ -90,20 +86,39 @@ def packed_batches(
         last = first + int(np.searchsorted(np.cumsum(sizes[first:]), max_tokens, "right"))
         if not reuse:
             memory = _Memory()
-        rows = slice(first, last)
-        cu_seqlens = np.zeros(last - first + 1, np.int32)
-        np.cumsum(sizes[rows], out=cu_seqlens[1:])
-        pages = f"FROM trajectory_pages WHERE {_among(numbers[rows])}"
-        token_ids = memory.get("token_ids", int(cu_seqlens[-1]), np.int32)
-        _read(reader, f"SELECT unnest(token_ids) {pages}", token_ids)
-        train = _train(runs.values[runs.offsets[first] : runs.offsets[last]], runs.lengths[rows])
-        if train.num_tokens != token_ids.size:
-            raise StoreError(_DAMAGED.format(reader.path))
-        trained = memory.get("trained", train.num_trained, np.float32)
-        _read(reader, f"SELECT unnest(trained_logprobs) {pages}", trained)
-        loss_mask, logprobs = _spread(train, trained, memory)
-        yield PackedBatch(tuple(ids[rows]), tuple(rollouts[rows]), token_ids, loss_mask, logprobs, cu_seqlens)
+        yield _packed(reader, listed.slice(first, last - first), memory)
         first = last
+
+
+def packed(reader: StoreReader, numbers: Sequence[int]) -> PackedBatch:
+    """The trajectories with these `trajectory_no`, in the order of the numbers, whatever rollout they are of.
+
+    Raises:
+        StoreError: the store cannot be read, or its trajectories are damaged, or are no longer there.
+    """
+    wanted = np.unique(np.array(numbers, np.int64))
+    listed = reader.sql(f"{_LISTED} WHERE {_among(wanted)} ORDER BY trajectory_no").combine_chunks()
+    if len(listed) != wanted.size:
+        raise StoreError(_DAMAGED.format(reader.path))
+    return _packed(reader, listed, _Memory())
+
+
+def _packed(reader: StoreReader, listed: pa.Table, memory: _Memory) -> PackedBatch:
+    numbers, sizes = (listed[name].to_numpy().astype(np.int64) for name in ("trajectory_no", "num_tokens"))
+    runs = lists_of(listed["mask_runs"], np.int32)
+    cu_seqlens = np.zeros(len(listed) + 1, np.int32)
+    np.cumsum(sizes, out=cu_seqlens[1:])
+    pages = f"FROM trajectory_pages WHERE {_among(numbers)}"
+    token_ids = memory.get("token_ids", int(cu_seqlens[-1]), np.int32)
+    _read(reader, f"SELECT unnest(token_ids) {pages}", token_ids)
+    train = _train(runs.values[runs.offsets[0] : runs.offsets[-1]], runs.lengths)
+    if train.num_tokens != token_ids.size:
+        raise StoreError(_DAMAGED.format(reader.path))
+    trained = memory.get("trained", train.num_trained, np.float32)
+    _read(reader, f"SELECT unnest(trained_logprobs) {pages}", trained)
+    loss_mask, logprobs = _spread(train, trained, memory)
+    ids, rollouts = (tuple(listed[name].to_pylist()) for name in ("trajectory_id", "rollout_id"))
+    return PackedBatch(ids, rollouts, token_ids, loss_mask, logprobs, cu_seqlens)
 
 
 def _among(numbers: NDArray[np.int64]) -> str:

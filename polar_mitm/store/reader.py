@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from polar_mitm.errors import StoreError
 from polar_mitm.store import rows, schema, share
 from polar_mitm.store.bodies import unpack
 from polar_mitm.store.chains import Link, whole_prompt
-from polar_mitm.types import EgressEvent, ModelCall, Reward, Rollout
+from polar_mitm.types import EgressEvent, Message, ModelCall, Reward, Rollout
 
 _SHARE_WAIT_S = 3.0
 _POLL_S = 0.02
@@ -198,6 +198,20 @@ class StoreReader:
         if wire:
             self._add_wire(readable, f"FROM wire{_where(rollout_id)}", lost)
         return readable, lost
+
+    def answers(self, rollout_ids: Sequence[str]) -> dict[str, Message]:
+        """By call id what the engine said in these rollouts; nothing for a call whose answer is lost."""
+        ids = ", ".join(map(rows.quote, rollout_ids)) or "NULL"
+        found = self._select(f"SELECT call_id, answer FROM stored_calls WHERE rollout_id IN ({ids})")
+        answers: dict[str, Message] = {}
+        for row in found.to_pylist():
+            try:
+                answer = rows.answer_of(unpack(row["answer"] or b""))
+            except (msgspec.MsgspecError, zstandard.ZstdError, struct.error):
+                continue
+            if answer is not None:
+                answers[row["call_id"]] = answer
+        return answers
 
     def call(self, call_id: str) -> ModelCall | None:
         """One call whole, by its id or by the only beginning or end of one; None where there is none.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
@@ -31,7 +32,7 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
-_TEXT = (
+TOKENIZER_TEXT = (
     "def f(x_1):\n\treturn  10000 - x_1  # caf\u00e9, na\u00efve, \u4f60\u597d, "
     "\u041f\u0440\u0438\u0432\u0435\u0442, \U0001f642 don't <b>HTML</b>\r\n"
 )
@@ -171,10 +172,15 @@ async def _answer(http: aiohttp.ClientSession, url: str, body: bytes) -> tuple[C
 
 async def _fingerprint(http: aiohttp.ClientSession, url: str, model: str) -> str:
     """A digest of what the tokenizer makes of a text that tokenizers disagree on; "" where it is not told."""
-    async with http.post(url + "/tokenize", json={"model": model, "prompt": _TEXT}) as response:
+    async with http.post(url + "/tokenize", json={"model": model, "prompt": TOKENIZER_TEXT}) as response:
         if response.status != 200:
             return ""
         ids = msgspec.json.decode(await response.read())["tokens"]
+    return fingerprint_of(ids)
+
+
+def fingerprint_of(ids: Sequence[int]) -> str:
+    """The fingerprint of a tokenizer, out of the ids that it makes of `TOKENIZER_TEXT`, special ones too."""
     return hashlib.blake2b(msgspec.json.encode(ids), digest_size=8).hexdigest()
 
 
