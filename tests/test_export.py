@@ -84,7 +84,7 @@ def test_calls_read_back(tmp_path: Path) -> None:
 def test_many_calls_in_several_row_groups_keep_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("polar_mitm.export._TOKENS_PER_GROUP", 100)
+    monkeypatch.setattr("polar_mitm.export.parquet._TOKENS_PER_GROUP", 100)
     path = tmp_path / "c.parquet"
     assert export_calls((call(f"c{i:04}", [i], [i + 1]) for i in range(300)), path) == 300
     assert pq.ParquetFile(path).num_row_groups == 3

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from polar_mitm.cli import exporting
 from polar_mitm.cli.exits import NO, fail
+from polar_mitm.cli.exporting import Format, Selection
 from polar_mitm.cli.output import JsonFlag, counted, plural, print_json, print_table, say, short, tell
 from polar_mitm.cli.reading import (
     BuilderName,
@@ -35,7 +37,9 @@ RECONSTRUCT_EXAMPLES = (
 )
 EXPORT_EXAMPLES = (
     "$ polar-mitm export -s runs.duckdb -o trajectories.parquet\n\n"
-    "$ polar-mitm export -s runs.duckdb -o calls.parquet --what calls"
+    "$ polar-mitm export -s runs.duckdb -o calls.parquet --what calls\n\n"
+    "$ polar-mitm export -s runs.duckdb -o trl.parquet --format trl\n\n"
+    "$ polar-mitm export -s runs.duckdb -o chat.jsonl --format sft-chat --min-reward 1"
 )
 MaxOption = Annotated[
     int | None,
@@ -117,31 +121,59 @@ def reconstruct(
 
 def export(
     store: StoreOption,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The Parquet file to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write.")],
     what: Annotated[What, typer.Option(help="One row per trajectory, or per call.")] = What.trajectories,
+    format: Annotated[
+        Format, typer.Option(help="parquet: our own, which has everything; else another trainer's.")
+    ] = Format.parquet,
+    reward: Annotated[
+        str, typer.Option(metavar="NAME", help="Which verdict other trainers' records take.")
+    ] = "reward",
+    min_reward: Annotated[
+        float | None, typer.Option(metavar="R", help="Only rollouts that earned as much; not for parquet.")
+    ] = None,
     rollout: RolloutOption = None,
     builder: BuilderOption = BuilderName.forest,
     max_tokens: MaxOption = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Write trajectories or calls to a Parquet file.
+    """Write trajectories or calls to a file, for any reader or for another trainer.
 
     Trajectories have token ids, loss mask, behaviour logprobs, policy versions,
     and spans that say which call each token comes from and why it is masked.
     The file appears when it is whole; its schema's metadata describes the
     columns. Rollouts in which nothing can be trusted have no trajectory.
+
+    trl: Parquet with what a rollout_func of TRL's GRPOTrainer returns
+    (prompt_ids, completion_ids, logprobs, env_mask) and the reward. verl:
+    Parquet with the fields of its AgentLoopOutput (prompt_ids, response_ids,
+    response_mask, response_logprobs, reward_score) and uid, the group.
+    nemo-gym: lines of NeMo Gym's rollouts.jsonl, with token ids and logprobs
+    on each answer that trains. sft-chat: lines of messages and tools. These
+    four hold trajectories with a token that trains, of rollouts that were
+    judged.
     """
     from polar_mitm.export import export_calls, export_trajectories
 
     how = _How(builder, max_tokens)
     how.check()
+    selection = Selection(reward, min_reward)
+    if format is not Format.parquet and what is What.calls:
+        fail("--what calls is for --format parquet; other trainers take trajectories")
+    if format is Format.parquet and min_reward is not None:
+        fail("--min-reward is for other trainers' formats; in Parquet, join the store's rewards")
     if out.is_dir():
         fail(f"--out takes a file, and {out} is a directory")
     if not out.absolute().parent.is_dir():
         fail(f"--out: there is no directory {out.absolute().parent}")
     try:
-        if what is What.calls:
+        if format is not Format.parquet:
+            with reading(store) as reader:
+                rebuilt = _build(reader, chosen(reader, rollout), how)
+                num_rows = exporting.write(format, reader, rebuilt, selection, out, force)
+            selection.tell()
+        elif what is What.calls:
             with reading(store) as reader:
                 rollouts = counted(chosen(reader, rollout), "exporting calls")
                 calls = (call for each in rollouts for call in reader.calls(each.rollout_id))
@@ -154,7 +186,7 @@ def export(
     except OSError as error:
         fail(f"--out: {out} cannot be written: {error.strerror}")
     if json:
-        print_json({"path": out, "what": what, "num_rows": num_rows})
+        print_json({"path": out, "what": what, "format": format, "num_rows": num_rows})
     else:
         tell(f"{num_rows} {what} written to {out}")
 
