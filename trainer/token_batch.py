@@ -48,4 +48,5 @@ class BadSamplesError(ValueError):
 
     def __init__(self, what: str, samples: tuple[int, ...]) -> None:
         super().__init__(f"NaN or infinity in {what} of samples {', '.join(map(str, samples))}")
+        self.what = what
         self.samples = samples
