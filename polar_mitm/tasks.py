@@ -56,6 +56,8 @@ class Task:
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
                 raise TaskError(f"task {self.task_id}: {name!r} is no path inside the workspace")
+            if any(str(parent) in self.files for parent in path.parents):
+                raise TaskError(f"task {self.task_id}: {name!r} lies below a file")
             if not isinstance(content, str | bytes):
                 raise TaskError(f"task {self.task_id}: file {name} is neither text nor bytes")
         if not (self.reward is None or callable(self.reward) or _is_command(self.reward)):

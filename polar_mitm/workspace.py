@@ -11,11 +11,13 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 MAX_COPY_BYTES = 1 << 30
 MAX_COPY_ENTRIES = 100_000
+_MAX_PATH_BYTES = 2000  # inside the workspace: with that of the folder less than the system's 4096
 
 
 class TooLarge(Exception):
@@ -40,7 +42,7 @@ def copy(
     """Copy a workspace that nobody writes to any more into a new folder that no link leads out of.
 
     A link to something in the workspace becomes a link to its copy. All other links, and whatever is
-    neither file nor directory or cannot be read, are left out.
+    neither file nor directory, cannot be read or is very deep, are left out.
 
     Raises:
         TooLarge: there is more of it than the bounds allow; part of it may have been copied.
@@ -51,41 +53,45 @@ def copy(
     folders, links = [Path()], list[Path]()
     while folders:
         folder = folders.pop()
-        for entry in _entries(source / folder):
-            name, found = folder / entry.name, entry.stat(follow_symlinks=False)
+        for entry, found in _entries(source / folder):
+            name, mode = folder / entry, found.st_mode
             left_entries -= 1
-            left_bytes -= found.st_size if entry.is_file(follow_symlinks=False) else 0
+            left_bytes -= found.st_size if stat.S_ISREG(mode) else 0
             if left_bytes < 0 or left_entries < 0:
                 raise TooLarge(f"the workspace holds more than {max_bytes} bytes or {max_entries} files")
-            if entry.is_symlink():
+            if len(os.fsencode(name)) > _MAX_PATH_BYTES:
+                continue
+            if stat.S_ISLNK(mode):
                 links.append(name)
-            elif stat.S_ISDIR(found.st_mode):
+            elif stat.S_ISDIR(mode):
                 folders.append(name)
                 (target / name).mkdir()
-            elif stat.S_ISREG(found.st_mode):
-                _copy_file(source / name, target / name, found.st_mode, found.st_size)
+            elif stat.S_ISREG(mode):
+                _copy_file(source / name, target / name, mode)
     for name in links:
         _copy_link(source, target, name)
 
 
 def remove(folder: Path) -> None:
     """Remove a workspace, however deep its directories are and whatever their modes."""
-    # rm(1) needs no path longer than a name; `shutil.rmtree` recurses.
-    rm = ["rm", "-rf", "--", str(folder)]
-    if subprocess.run(rm, stderr=subprocess.DEVNULL, check=False).returncode:
-        subprocess.run(["chmod", "-R", "u+rwX", "--", str(folder)], stderr=subprocess.DEVNULL, check=False)
-        subprocess.run(rm, stderr=subprocess.DEVNULL, check=False)
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    if not folder.exists():
+        return
     try:
-        with os.scandir(folder) as found:
-            return list(found)
-    except OSError:  # closed to us, or too deep for a path
-        return []
+        shutil.rmtree(folder)
+    except (OSError, RecursionError):  # closed directories, or so deep that only these programs get there
+        for command in ("chmod", "-R", "u+rwX", "--"), ("rm", "-rf", "--"):
+            subprocess.run([*command, str(folder)], stderr=subprocess.DEVNULL, check=False)
 
 
-def _copy_file(source: Path, target: Path, mode: int, size: int) -> None:
+def _entries(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Names in a folder and what they are, as far as we may see them and a path can name them."""
+    with suppress(OSError), os.scandir(folder) as found:
+        for entry in found:
+            with suppress(OSError):
+                yield entry.name, entry.stat(follow_symlinks=False)
+
+
+def _copy_file(source: Path, target: Path, mode: int) -> None:
     try:
         fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:

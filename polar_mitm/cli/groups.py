@@ -185,7 +185,10 @@ class GroupRunner:
         source, under_way = iter(tasks), set[asyncio.Task[Group]]()
         try:
             while True:
-                while len(under_way) < limit and (task := next(source, None)) is not None:
+                while len(under_way) < limit:
+                    task = await asyncio.to_thread(next, source, None)  # may take its time
+                    if task is None:
+                        break
                     under_way.add(begun := asyncio.create_task(self._group(task, group_size)))
                     self._groups.add(begun)
                 if not under_way:
