@@ -87,6 +87,8 @@ def verdict_of(given: Any) -> Verdict:
     Raises:
         NoVerdict: it is none.
     """
+    if isinstance(given, Verdict):
+        return given
     evidence, metrics, value = "", {}, given
     if isinstance(given, Mapping):
         metrics = dict(given)
