@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from polar_mitm_trainer.samples import Aggregation
 
-LossName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+LossName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "sft"]
 
 
 class _Part(BaseModel):

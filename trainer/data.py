@@ -20,7 +20,7 @@ from polar_mitm_trainer.fanout import samples_of
 from polar_mitm_trainer.finished import Finished, Outcome
 from polar_mitm_trainer.listing import Listed, Listing, unbuilt
 from polar_mitm_trainer.selection import Policy, resolve_query, select, verify
-from polar_mitm_trainer.shaping import by_group, judge, leave_out
+from polar_mitm_trainer.shaping import Judge, by_group, judge, leave_out
 from polar_mitm_trainer.snapshot import Snapshot, digest_of
 
 __all__ = [
@@ -68,6 +68,7 @@ class TrainingSet:
         snapshot: of `select`, or of an earlier run after `verify`.
         config: its seed decides the order, its advantages and losses which groups can teach.
         groups_per_step: the last step of an epoch may have fewer.
+        judge: decides it instead.
 
     Raises:
         NothingToLearn: no group can teach anything.
@@ -75,7 +76,13 @@ class TrainingSet:
     """
 
     def __init__(
-        self, reader: StoreReader, snapshot: Snapshot, config: TrainConfig, *, groups_per_step: int
+        self,
+        reader: StoreReader,
+        snapshot: Snapshot,
+        config: TrainConfig,
+        *,
+        groups_per_step: int,
+        judge: Judge = judge,
     ) -> None:
         if groups_per_step < 1:
             raise ValueError(f"groups_per_step={groups_per_step}")

@@ -12,21 +12,26 @@ from polar_mitm_trainer.config import TrainConfig
 from polar_mitm_trainer.finished import Finished, Span
 from polar_mitm_trainer.loss_defaults import resolve
 from polar_mitm_trainer.samples import Sample, weigh
-from polar_mitm_trainer.shaping import by_group, judge
+from polar_mitm_trainer.shaping import Judge, by_group, judge
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 
 
 def samples_of(
-    rollouts: Sequence[Finished], config: TrainConfig, *, current_step: int | None = None
+    rollouts: Sequence[Finished],
+    config: TrainConfig,
+    *,
+    current_step: int | None = None,
+    judge: Judge = judge,
 ) -> tuple[list[Sample], Account]:
     """The samples of one optimiser step, weighted, and the account of every sampled token of its rollouts.
 
-    Advantages are per rollout inside its group (`shaping.judge`), then each goes to all trained tokens of
-    the rollout's trajectories, but for those of malformed tool calls where `config.advantage` has another
-    one for them. Then the tokens of rollouts that were cut off are masked where `config.loss` says so, and
-    those of calls whose weights are more than `max_staleness` steps behind `current_step`, or are not those
-    of a step up to it ("other_version"). None as `current_step` masks no call: recorded data.
+    Advantages are per rollout inside its group (`shaping.judge`, or another `judge`), then each goes to all
+    trained tokens of the rollout's trajectories, but for those of malformed tool calls where
+    `config.advantage` has another one for them. Then the tokens of rollouts that were cut off are masked
+    where `config.loss` says so, and those of calls whose weights are more than `max_staleness` steps behind
+    `current_step`, or are not those of a step up to it ("other_version"). None as `current_step` masks no
+    call: recorded data.
 
     Raises:
         NothingToLearn: not one token trains.

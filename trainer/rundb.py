@@ -104,6 +104,22 @@ class RunDB:
         self._log = folder / "metrics.jsonl"
         self._waiting: list[tuple[str, pa.Table]] = []
 
+    @staticmethod
+    def last_run(folder: Path) -> str:
+        """The id of the run that was begun last in a folder.
+
+        Raises:
+            StoreError: there is none.
+        """
+        try:
+            with duckdb.connect(str(folder / "run.duckdb"), read_only=True) as con:
+                found = con.execute("SELECT run_id FROM runs ORDER BY started_at DESC LIMIT 1").fetchone()
+        except duckdb.Error as error:
+            raise StoreError(f"{folder} holds no run: {str(error).splitlines()[0]}") from error
+        if found is None:
+            raise StoreError(f"{folder} holds no run")
+        return str(found[0])
+
     def begin(self, kind: str, name: str, config: Mapping[str, Any], store: Path | None) -> None:
         """Make the tables and the run's own row; a run that is resumed keeps its first start."""
         with self._open(_LAST_WAIT_S) as con:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from polar_mitm_trainer.account import Account
@@ -24,6 +24,10 @@ class Verdict:
     left_out: str | None
 
 
+Judge = Callable[[Sequence[Outcome], TrainConfig], tuple[list[Verdict], Account]]
+"""`judge`, or another one of its kind."""
+
+
 def judge(rollouts: Sequence[Outcome], config: TrainConfig) -> tuple[list[Verdict], Account]:
     """One verdict per rollout, in this order, and the account of those that are left out.
 
@@ -36,7 +40,7 @@ def judge(rollouts: Sequence[Outcome], config: TrainConfig) -> tuple[list[Verdic
     """
     if twice := [r for r, n in Counter(o.rollout_id for o in rollouts).items() if n > 1]:
         raise ValueError(f"rollout {twice[0]} is there twice")
-    reasons = [_unfit(outcome) for outcome in rollouts]
+    reasons = [unfit(outcome) for outcome in rollouts]
     rewards = [None if why else _shaped(o, config.loss) for o, why in zip(rollouts, reasons, strict=True)]
     groups = [outcome.group_id for outcome in rollouts]
     advantages, _ = group_advantages(rewards, groups, config.advantage)
@@ -92,7 +96,8 @@ def _shaped(outcome: Outcome, loss: LossConfig) -> float | None:
     )
 
 
-def _unfit(outcome: Outcome) -> str | None:
+def unfit(outcome: Outcome) -> str | None:
+    """Why nothing of a rollout trains, whatever its group; None where something may."""
     if outcome.incomplete is not None:
         return "incomplete_rollout"
     if outcome.status not in _ENDED:

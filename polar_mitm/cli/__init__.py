@@ -21,6 +21,7 @@ from polar_mitm.cli import (
     replay,
     run,
     seal,
+    train,
     trajectories,
     up,
     verify,
@@ -29,6 +30,7 @@ from polar_mitm.cli.output import JsonFlag, print_json
 
 _SETUP, _CAPTURE, _READ = "Set up", "Capture", "Read (also while a capture runs)"
 _KEEP = "Keep (while no capture runs)"
+_LEARN = "Learn"
 
 
 app = typer.Typer(
@@ -75,6 +77,8 @@ app.command("reconstruct", rich_help_panel=_READ, epilog=trajectories.RECONSTRUC
 app.command("verify", rich_help_panel=_READ, epilog=verify.EXAMPLES)(verify.verify)
 app.command("seal", rich_help_panel=_KEEP, epilog=seal.EXAMPLES)(seal.seal)
 app.command("export", rich_help_panel=_READ, epilog=trajectories.EXPORT_EXAMPLES)(trajectories.export)
+app.command("train", rich_help_panel=_LEARN, epilog=train.TRAIN_EXAMPLES)(train.train)
+app.command("sft", rich_help_panel=_LEARN, epilog=train.SFT_EXAMPLES)(train.sft)
 
 
 def _version(wanted: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polar_mitm.cli import exporting
-from polar_mitm.cli.exits import NO, fail
+from polar_mitm.cli.exits import BUG, NO, fail
 from polar_mitm.cli.exporting import Format, Selection
 from polar_mitm.cli.output import JsonFlag, counted, plural, print_json, print_table, say, short, tell
 from polar_mitm.cli.reading import (
@@ -94,7 +94,12 @@ def reconstruct(
     """
     how = _How(builder, max_tokens)
     how.check()
-    reports = _write(store, rollout, how) if write else [r for r, _ in _built(store, rollout, how)]
+    if write:
+        with reading(store) as reader:
+            rollouts = chosen(reader, rollout)
+        reports = _write(store, rollouts, how)
+    else:
+        reports = [report for report, _ in _built(store, rollout, how)]
     adds_up = all(report.adds_up for report in reports)
     if json:
         listed = [
@@ -258,13 +263,19 @@ def _built(store: Path, rollout: str | None, how: _How) -> Iterator[tuple[BuildR
             yield report, trajectories
 
 
-def _write(store: Path, rollout: str | None, how: _How) -> list[BuildReport]:
+def write_trajectories(store: Path, builder: str, rollout_ids: Container[str]) -> None:
+    """As `reconstruct --write`, of some rollouts; the end of the command where they do not add up."""
+    with reading(store) as reader:
+        rollouts = [each for each in reader.rollouts() if each.rollout_id in rollout_ids]
+    if not all(report.adds_up for report in _write(store, rollouts, _How(BuilderName(builder), None))):
+        fail("the account does not add up: some sampled token is lost, or counted twice", BUG)
+
+
+def _write(store: Path, rollouts: Sequence[Rollout], how: _How) -> list[BuildReport]:
     """The accounts of what is in the store now; where one does not add up, it is as it was."""
     from polar_mitm.store.offline import writing
     from polar_mitm.store.trajectories import TrajectoryWriter
 
-    with reading(store) as reader:
-        rollouts = chosen(reader, rollout)
     reports = []
     with writing(store) as changes:
         writer = TrajectoryWriter(changes, how.builder.value, [each.rollout_id for each in rollouts])

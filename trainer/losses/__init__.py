@@ -11,6 +11,7 @@ from polar_mitm_trainer.losses.base import policy_loss
 from polar_mitm_trainer.losses.cispo import cispo
 from polar_mitm_trainer.losses.grpo import grpo
 from polar_mitm_trainer.losses.gspo import gspo
+from polar_mitm_trainer.losses.sft import sft
 from polar_mitm_trainer.token_batch import LossOutput, TokenBatch
 
 LOSSES: Mapping[LossName, Callable[[TokenBatch, LossConfig], LossOutput]] = MappingProxyType(
@@ -20,6 +21,7 @@ LOSSES: Mapping[LossName, Callable[[TokenBatch, LossConfig], LossOutput]] = Mapp
         "dapo": partial(policy_loss, grpo),
         "gspo": partial(policy_loss, gspo),
         "cispo": partial(policy_loss, cispo),
+        "sft": partial(policy_loss, sft),
     }
 )
 

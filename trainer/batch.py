@@ -1,0 +1,267 @@
+"""A batch job: a recorded store in, a trained policy out, the same to the bit every time.
+
+    OUT/ run.duckdb metrics.jsonl reward.png tensorboard/ snapshot.json checkpoints/step-N/
+
+`snapshot.json` pins the training set: who resumes gets its rows, or is told that the store has others. On
+several ranks every one reads the store, and the first one writes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from polar_mitm.dialects.ids import new_id
+from polar_mitm.store import open_reader
+from polar_mitm_trainer import checkpoint, reporting
+from polar_mitm_trainer.account import Account, DataError, NothingToLearn
+from polar_mitm_trainer.config import TrainConfig
+from polar_mitm_trainer.data import Position, Snapshot, TrainingSet, resolve_query, samples_of, select, verify
+from polar_mitm_trainer.distributed import Distributed
+from polar_mitm_trainer.identity import policy_of
+from polar_mitm_trainer.learner import Learner
+from polar_mitm_trainer.rundb import RunDB, step_rows
+from polar_mitm_trainer.shaping import Judge, judge
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchJob:
+    """What to train on, how long, and where to.
+
+    Attributes:
+        kind: "train" or "sft", for the record.
+        query: as `resolve_query` takes it; `reward_name` and `skip_refused` are those of `select`.
+        judge: of rollouts; GRPO's by default.
+        num_steps: optimiser steps in all, those before a resume included; None: `num_epochs` decides.
+        checkpoint_every: steps; 0 is only the last one.
+        resume: go on with what is in `out`.
+    """
+
+    kind: str
+    store: Path
+    query: str
+    out: Path
+    config: TrainConfig
+    builder: str = "forest"
+    reward_name: str | None = None
+    skip_refused: bool = False
+    judge: Judge = judge
+    groups_per_step: int = 8
+    num_steps: int | None = None
+    num_epochs: int = 1
+    checkpoint_every: int = 10
+    keep_last: int = 2
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """A step that is done: its number, of how many if that is known, and its figures."""
+
+    step: int
+    num_steps: int | None
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a job came to. `steps` are optimiser steps; `skipped` had nothing to teach after all."""
+
+    run_id: str
+    snapshot_id: str
+    num_trajectories: int
+    num_groups: int
+    set_aside: str
+    refused: dict[str, int]
+    steps: int
+    skipped: int
+    stopped: bool
+    checkpoint: Path
+    metrics: dict[str, float]
+
+
+class BatchRun:
+    """A job under way. `run` does it; `stop`, from anywhere, ends it after the step that is being done.
+
+    Raises:
+        DataError, StoreError: nothing can be trained on, or not resumed.
+        ValueError, OSError: no such policy.
+    """
+
+    def __init__(self, job: BatchJob, distributed: Distributed | None = None) -> None:
+        self._job = job
+        self._distributed = distributed or Distributed()
+        self._first = self._distributed.rank == 0
+        self._stop = False
+
+    def stop(self) -> None:
+        """End in good order, with a checkpoint."""
+        self._stop = True
+
+    def run(self, on_step: Callable[[StepDone], None] = lambda done: None) -> Summary:
+        """Train; leaves a checkpoint, also where it fails on the way.
+
+        Raises:
+            BadStepError: a step that was refused; the checkpoint is of the one before.
+        """
+        job = self._job
+        with open_reader(job.store) as reader:
+            snapshot = self._snapshot(reader)
+            training_set = TrainingSet(
+                reader, snapshot, job.config, groups_per_step=job.groups_per_step, judge=job.judge
+            )
+            learner = Learner(job.config, distributed=self._distributed)
+            position = Position()
+            if job.resume:
+                position = self._resumed(learner)
+            with self._recorded(learner, snapshot) as (db, board):
+                return self._steps(learner, training_set, snapshot, position, db, board, on_step)
+
+    def _snapshot(self, reader: Any) -> Snapshot:
+        job, path = self._job, self._job.out / "snapshot.json"
+        if job.resume:
+            snapshot = Snapshot.load(path)
+            query = resolve_query(job.query, builder=job.builder)
+            if (snapshot.query, snapshot.builder) != (query, job.builder):
+                raise DataError(
+                    f"{job.out} was trained on another query ({snapshot.builder}): {snapshot.query}"
+                )
+            verify(reader, snapshot)
+            return snapshot
+        if (job.out / "run.duckdb").exists():
+            raise DataError(
+                f"{job.out} holds a run already: --resume goes on with it, or name another folder"
+            )
+        snapshot = select(
+            reader,
+            resolve_query(job.query, builder=job.builder),
+            builder=job.builder,
+            reward_name=job.reward_name,
+            policy=policy_of(job.config.policy.model),
+            skip_refused=job.skip_refused,
+        )
+        self._distributed.gather(None)  # everybody has seen that there is no run yet
+        if self._first:
+            job.out.mkdir(parents=True, exist_ok=True)
+            snapshot.save(path)
+        return snapshot
+
+    def _resumed(self, learner: Learner) -> Position:
+        folder = checkpoint.latest(self._job.out / "checkpoints")
+        if folder is None:
+            raise DataError(f"{self._job.out} has no checkpoint to go on from")
+        return Position(**learner.resume(folder))
+
+    @contextmanager
+    def _recorded(
+        self, learner: Learner, snapshot: Snapshot
+    ) -> Iterator[tuple[RunDB | None, reporting.Board | None]]:
+        """The run's database and board, on the first rank; how it ended is in them afterwards."""
+        if not self._first:
+            yield None, None
+            return
+        job = self._job
+        db = RunDB(job.out, RunDB.last_run(job.out) if job.resume else new_id())
+        db.begin(job.kind, job.out.name, job.config.model_dump(mode="json"), job.store)
+        db.snapshot(
+            snapshot.snapshot_id,
+            snapshot.query,
+            job.store,
+            [(row.trajectory_id, row.rollout_id) for row in snapshot.rows],
+        )
+        db.rewind(learner.version)
+        board = reporting.Board(job.out / "tensorboard")
+        status = "failed"
+        try:
+            yield db, board
+            status = "stopped" if self._stop else "done"
+        finally:
+            board.close()
+            db.end(status)
+            curves = {"training": db.series("reward/mean")}
+            reporting.draw(job.out / "reward.png", curves, title=job.out.name)
+
+    def _steps(
+        self,
+        learner: Learner,
+        training_set: TrainingSet,
+        snapshot: Snapshot,
+        position: Position,
+        db: RunDB | None,
+        board: reporting.Board | None,
+        on_step: Callable[[StepDone], None],
+    ) -> Summary:
+        job, skipped = self._job, 0
+        folder = job.out / "checkpoints"
+        total = job.num_steps
+        if total is None:
+            total = job.num_epochs * training_set.steps_per_epoch
+        metrics: dict[str, float] = {}
+        saved = learner.version if job.resume else -1
+        try:
+            for step in training_set.steps(position, num_epochs=None if job.num_steps else job.num_epochs):
+                if learner.version >= total or self._stopped():
+                    break
+                begun_at, clock = time.time(), time.monotonic()
+                try:
+                    samples, account = samples_of(step.rollouts, job.config, judge=job.judge)
+                except NothingToLearn:
+                    skipped, position = skipped + 1, step.after
+                    continue
+                found = learner.step(samples)
+                position = step.after
+                rewards = [r.outcome.reward for r in step.rollouts if r.outcome.reward is not None]
+                metrics = {
+                    "reward/mean": sum(rewards) / len(rewards),
+                    "time/step": time.monotonic() - clock,
+                    **account.metrics(),
+                    **{name if "/" in name else f"train/{name}": value for name, value in found.items()},
+                }
+                if db and board:
+                    db.step(
+                        learner.version,
+                        step_rows(samples),
+                        metrics,
+                        policy_version=learner.policy_version,
+                        started_at=begun_at,
+                        snapshot_id=snapshot.snapshot_id,
+                    )
+                    board.add(learner.version, metrics)
+                    on_step(StepDone(learner.version, total, metrics))
+                if job.checkpoint_every and learner.version % job.checkpoint_every == 0:
+                    saved = self._save(learner, folder, position)
+        finally:
+            if saved != learner.version:
+                self._save(learner, folder, position)
+        return Summary(
+            run_id=db.run_id if db else "",
+            snapshot_id=snapshot.snapshot_id,
+            num_trajectories=len(snapshot.rows),
+            num_groups=training_set.num_groups,
+            set_aside=_told(training_set.set_aside),
+            refused=snapshot.refused,
+            steps=learner.version,
+            skipped=skipped,
+            stopped=self._stop,
+            checkpoint=folder / learner.policy_version,
+            metrics=metrics,
+        )
+
+    def _stopped(self) -> bool:
+        """Whether anybody was told to stop: ranks end after the same step."""
+        self._stop = any(self._distributed.gather(self._stop))
+        return self._stop
+
+    def _save(self, learner: Learner, folder: Path, position: Position) -> int:
+        learner.save(folder / learner.policy_version, asdict(position))
+        if self._first:
+            checkpoint.prune(folder, self._job.keep_last)
+        return learner.version
+
+
+def _told(account: Account) -> str:
+    return account.told() if account.rollouts else ""
