@@ -65,7 +65,8 @@ class Built(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, report: BuildReport) -> Built:
         """Without what only people read."""
-        masked, quarantined = {**report.masked}, {**report.quarantined}
+        masked: dict[str, int] = {why: n for why, n in report.masked.items()}
+        quarantined: dict[str, int] = {why: n for why, n in report.quarantined.items()}
         return cls(report.num_calls, report.sampled, report.trained, masked, quarantined)
 
 

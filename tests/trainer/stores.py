@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import duckdb
+
 from polar_mitm.reconstruct import build
 from polar_mitm.store import Recorder
 from polar_mitm.store.columns import each_rollout
@@ -119,6 +121,15 @@ def reconstruct(path: Path, rollouts: Sequence[Rollout], builder: Any = "forest"
             trajectories, report = build(columns, rollout=each, builder=builder)
             writer.write(each.rollout_id, trajectories, report)
         writer.flush()
+
+
+def tamper(path: Path, column: str, value: str, *numbers: int) -> None:
+    """Set a column of the pages of trajectories by number; rows stay where they are, as UPDATE would not."""
+    changed = f"CASE WHEN trajectory_no IN {(*numbers, -1)} THEN {value} ELSE {column} END AS {column}"
+    with duckdb.connect(str(path)) as con:
+        con.execute(f"CREATE TEMP TABLE pages AS SELECT * REPLACE ({changed}) FROM trajectory_pages")
+        con.execute("DELETE FROM trajectory_pages")
+        con.execute("INSERT INTO trajectory_pages FROM pages")
 
 
 def groups(num_groups: int = 3, size: int = 4) -> list[Recorded]:
