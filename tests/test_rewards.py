@@ -152,7 +152,7 @@ async def test_a_command_that_hangs_is_killed_with_its_children(
     with pytest.raises(NoVerdict, match="within 2 s"):
         await judged(["sh", "-c", script], reward_timeout_s=2)
     async with asyncio.timeout(30):  # a signal takes its time
-        while any(map(runs, note.read_text().split())):
+        while any(map(runs, note.read_text().split())):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
