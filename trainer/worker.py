@@ -3,7 +3,7 @@
     polar-mitm rl --Worker--> socket in a private folder --> python -m polar_mitm_trainer.worker: Learner
 
 One command at a time, pickled; the socket's folder is this user's alone, and a key in it has to be known.
-With more than one process (`torchrun`), rank 0 has the socket and tells the others.
+With more than one process (`torchrun`) every rank has a socket, and all are told the same.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from polar_mitm_trainer.distributed import Distributed
     from polar_mitm_trainer.learner import Learner
 
 _NUM_LINES = 15
@@ -67,7 +68,7 @@ class Worker:
         self._folder = tempfile.TemporaryDirectory(prefix="polar-mitm-worker-")
         key = secrets.token_bytes(32)
         (Path(self._folder.name) / "key").write_bytes(key)
-        module = ["-m", "polar_mitm_trainer.worker", self._folder.name]
+        module = ["-m", "polar_mitm_trainer.worker", self._folder.name, config.policy.device]
         many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
         with log.open("ab") as out:
             self._process = subprocess.Popen(
@@ -78,7 +79,7 @@ class Worker:
                 start_new_session=True,  # Ctrl-C is for whoever has the terminal, who then tells it
             )
         try:
-            self._connection = self._connect(key)
+            self._ranks = [self._connect(key, rank) for rank in range(num_processes)]
             self._ask("start", config)
         except BaseException:
             self.kill()
@@ -97,17 +98,18 @@ class Worker:
         """Logprobs [T] in nats of each sample under the weights as they are."""
         return list(self._ask("logprobs", list(samples)))
 
-    def export(self, folder: Path) -> None:
-        """Write the weights as a Hugging Face folder for an engine."""
-        self._ask("export", folder)
+    def export(self, folder: Path, *, adapter: bool = False) -> None:
+        """Write the weights, or the adapter alone, as a Hugging Face or peft folder for an engine."""
+        self._ask("export", folder, adapter)
 
-    def save(self, folder: Path, position: dict[str, Any]) -> None:
-        """Write a checkpoint, whole or not at all."""
-        self._ask("save", folder, position)
+    def save(self, folder: Path, position: dict[str, Any], keep_last: int) -> None:
+        """Write a checkpoint, whole or not at all; then remove all but the last ones beside it."""
+        self._ask("save", folder, position, keep_last)
 
-    def resume(self, folder: Path) -> dict[str, Any]:
-        """Take up a checkpoint; the position that it was saved with."""
-        return dict(self._ask("resume", folder))
+    def resume(self, checkpoints: Path) -> dict[str, Any] | None:
+        """Take up the last whole checkpoint in a folder; the position saved with it, None without one."""
+        found: dict[str, Any] | None = self._ask("resume", checkpoints)
+        return found
 
     def version(self) -> int:
         """How many optimiser steps the weights have behind them."""
@@ -136,8 +138,8 @@ class Worker:
     ) -> None:
         self.stop()
 
-    def _connect(self, key: bytes) -> Connection:
-        address = str(Path(self._folder.name) / "socket")
+    def _connect(self, key: bytes, rank: int) -> Connection:
+        address = str(_socket(Path(self._folder.name), rank))
         while True:
             if self._process.poll() is not None:
                 raise self._lost("did not start")
@@ -151,13 +153,15 @@ class Worker:
     def _ask(self, command: str, *arguments: Any) -> Any:
         with self._one:
             try:
-                self._connection.send((command, arguments))
-                done, answer = self._connection.recv()
+                for rank in self._ranks:
+                    rank.send((command, arguments))
+                answers = [rank.recv() for rank in self._ranks]
             except (EOFError, OSError) as error:
                 raise self._lost("ended") from error
-        if not done:
-            raise Refused(answer)
-        return answer
+        for done, answer in answers:
+            if not done:
+                raise Refused(answer)
+        return answers[0][1]
 
     def _lost(self, how: str) -> WorkerLost:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -178,10 +182,13 @@ class _Server:
 
     learner: Learner
 
+    def __init__(self, distributed: Distributed) -> None:
+        self._distributed = distributed
+
     def start(self, config: TrainConfig) -> None:
         from polar_mitm_trainer.learner import Learner
 
-        self.learner = Learner(config)
+        self.learner = Learner(config, distributed=self._distributed)
 
     def step(self, samples: list[Sample]) -> dict[str, float]:
         return self.learner.step(samples)
@@ -189,25 +196,39 @@ class _Server:
     def logprobs(self, samples: list[Sample]) -> list[NDArray[np.float32]]:
         return self.learner.logprobs(samples)
 
-    def export(self, folder: Path) -> None:
-        self.learner.export(folder)
+    def export(self, folder: Path, adapter: bool) -> None:
+        (self.learner.export_adapter if adapter else self.learner.export)(folder)
 
-    def save(self, folder: Path, position: dict[str, Any]) -> None:
+    def save(self, folder: Path, position: dict[str, Any], keep_last: int) -> None:
+        from polar_mitm_trainer.checkpoint import prune
+
         self.learner.save(folder, position)
+        if self._distributed.rank == 0:
+            prune(folder.parent, keep_last)
 
-    def resume(self, folder: Path) -> dict[str, Any]:
-        return self.learner.resume(folder)
+    def resume(self, checkpoints: Path) -> dict[str, Any] | None:
+        from polar_mitm_trainer.checkpoint import latest
+
+        found = latest(checkpoints)
+        return self.learner.resume(found) if found else None
 
     def version(self) -> int:
         return self.learner.version
 
 
-def main(folder: Path) -> None:
-    """Do what comes over the socket in `folder` until it is stopped, or nobody is there any more."""
+def _socket(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}"
+
+
+def main(folder: Path, device: str) -> None:
+    """Do what comes over this rank's socket until it is stopped, or nobody is there any more."""
+    from polar_mitm_trainer.distributed import Distributed
+
+    distributed = Distributed.from_environment(device)
     key = (folder / "key").read_bytes()
-    with Listener(str(folder / "socket"), "AF_UNIX", authkey=key) as listener:
+    with Listener(str(_socket(folder, distributed.rank)), "AF_UNIX", authkey=key) as listener:
         connection = listener.accept()
-    server = _Server()
+    server = _Server(distributed)
     with connection, contextlib.suppress(EOFError, OSError):
         while True:
             command, arguments = connection.recv()
@@ -218,8 +239,9 @@ def main(folder: Path) -> None:
                 answer = False, f"{error}" if isinstance(error, SetupError | ValueError) else repr(error)
             connection.send(answer)
             if command == "stop":
-                return
+                break
+    distributed.close()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -19,6 +19,7 @@ from polar_mitm.cli import (
     engine,
     exits,
     replay,
+    rl,
     run,
     seal,
     train,
@@ -77,6 +78,7 @@ app.command("reconstruct", rich_help_panel=_READ, epilog=trajectories.RECONSTRUC
 app.command("verify", rich_help_panel=_READ, epilog=verify.EXAMPLES)(verify.verify)
 app.command("seal", rich_help_panel=_KEEP, epilog=seal.EXAMPLES)(seal.seal)
 app.command("export", rich_help_panel=_READ, epilog=trajectories.EXPORT_EXAMPLES)(trajectories.export)
+app.command("rl", rich_help_panel=_LEARN, epilog=rl.EXAMPLES)(rl.rl)
 app.command("train", rich_help_panel=_LEARN, epilog=train.TRAIN_EXAMPLES)(train.train)
 app.command("sft", rich_help_panel=_LEARN, epilog=train.SFT_EXAMPLES)(train.sft)
 

@@ -69,7 +69,7 @@ class SyncConfig(_Part):
     max_staleness: int = Field(default=1, ge=0)
     every: int = Field(default=1, ge=1)  # steps between updates of the engine
     verify: bool = True  # the engine's logprobs against the learner's, after each update
-    tolerance: float = Field(default=0.05, gt=0)  # nats, mean absolute
+    tolerance: float | None = Field(default=None, gt=0)  # nats; 0.005 in float32, else 0.3
 
 
 class EvaluationConfig(_Part):
@@ -121,20 +121,36 @@ class RlConfig(_Part):
 
     @model_validator(mode="after")
     def _sense(self) -> RlConfig:
+        if self.loss.name == "sft":
+            raise ValueError("loss.name: sft is for recorded rollouts (`polar-mitm sft`)")
+        if self.loss.max_staleness is not None:
+            raise ValueError("loss.max_staleness: sync.max_staleness is what bounds it here")
         if self.rollouts.group_size < 2:
             raise ValueError(
                 "rollouts.group_size: a group of one has nothing to be compared with; give 2 or more"
             )
         if self.sync.mode == "on_policy" and self.sync.every != 1:
             raise ValueError("sync.every: on_policy means an update after each step")
+        if self.sync.mode == "async" and self.sync.every > self.sync.max_staleness + 1:
+            raise ValueError("sync.every: more than max_staleness + 1 leaves nothing that is fresh enough")
         return self
+
+    @property
+    def max_staleness(self) -> int:
+        """Steps by which weights that sampled may be behind those that learn from it."""
+        return 0 if self.sync.mode == "on_policy" else self.sync.max_staleness
+
+    @property
+    def tolerance(self) -> float:
+        """Nats by which engine and learner may differ on the same weights."""
+        if self.sync.tolerance is not None:
+            return self.sync.tolerance
+        return 0.005 if self.policy.dtype == "float32" == self.engine.dtype else 0.3
 
     @property
     def train(self) -> TrainConfig:
         """What the learner is told."""
-        loss = self.loss
-        if self.sync.mode == "async" and loss.max_staleness is None:
-            loss = loss.model_copy(update={"max_staleness": self.sync.max_staleness})
+        loss = self.loss.model_copy(update={"max_staleness": self.max_staleness})
         return TrainConfig(
             policy=self.policy,
             optimiser=self.optimiser,
