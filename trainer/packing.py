@@ -1,11 +1,9 @@
 """Samples to micro-batches: sequences without padding, and what several of them begin with only once.
 
-In the order of their token ids, samples that begin alike are neighbours, and what two of them share is a run at
-the beginning of both. So the trie of a micro-batch is the sorted samples one after another, each without what
-it shares with the one before it, which is its depth-first order; forks lie where a sample leaves its
-neighbour's path. Nothing after a sample's last trained token is laid out, nor that token itself: no loss sees it.
-
-Sample positions count from 0; token t of a sample is predicted by the hidden state at position t - 1.
+Sorted by their token ids, samples that begin alike are neighbours. So the sorted samples one after another,
+each without what it shares with the one before it, are their trie in depth-first order, and forks lie where a
+sample leaves its neighbour's path. A sample's token t is predicted by the hidden state at t - 1. Nothing from
+its last trained token on is laid out, for no loss sees it.
 """
 
 from __future__ import annotations
@@ -64,8 +62,8 @@ def _cut(index: int, sample: Sample, max_tokens: int) -> _Laid:
         raise ValueError(f"{sample.trajectory_id}: its first token is to train, but nothing comes before it")
     if trained[-1] > max_tokens:
         raise ValueError(
-            f"{sample.trajectory_id}: {trained[-1]} tokens in one sequence, but a micro-batch takes {max_tokens}: "
-            "raise packing.max_tokens, or leave such long trajectories out"
+            f"{sample.trajectory_id}: {trained[-1]} tokens in one sequence, but a micro-batch takes "
+            f"{max_tokens}: raise packing.max_tokens, or leave such long trajectories out"
         )
     return _Laid(index, sample.token_ids[: trained[-1]], trained, 0)
 
@@ -91,17 +89,16 @@ def _common(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
 
 
 def _bins(laid: list[_Laid], max_tokens: int) -> list[tuple[int, int]]:
-    """Ranges of neighbours that fit, cut so that the fewest tokens are laid out, then in the fewest ranges."""
-    best: list[tuple[int, int, int]] = [
-        (0, 0, 0)
-    ]  # to lay out the first n: tokens lost, ranges, last's first
+    """Ranges of neighbours that fit, cut so that the fewest tokens are laid out, then the fewest ranges."""
+    # Of the first n samples: tokens laid out twice, ranges, and where the last of these begins.
+    best = [(0, 0, 0)]
     for end in range(1, len(laid) + 1):
         inside, choices = 0, []
         for first in range(end - 1, -1, -1):
             if inside + laid[first].ids.size > max_tokens:
                 break  # from further left it is no shorter: what the later ones share came from their left
-            lost, ranges, _ = best[first]
-            choices.append((lost + laid[first].shared, ranges + 1, first))
+            lost, num, _ = best[first]
+            choices.append((lost + laid[first].shared, num + 1, first))
             inside += laid[first].ids.size - laid[first].shared
         best.append(min(choices))
     ranges: list[tuple[int, int]] = []
