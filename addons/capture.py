@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import aiohttp
+from msgspec.structs import replace
 
 from polar_mitm.config import Settings
 from polar_mitm.dialects.routes import HOSTS
@@ -71,6 +72,16 @@ class Capture:
         """Whose connection this is: decided by the listener that accepted it, never by its content."""
         session = self.clients.get(client_id, self.default)
         return None if session is None or session.closed else session
+
+    def policy_version(self) -> str:
+        """The engine's word for the weights that it samples under now."""
+        return self.engine.policy_version
+
+    def policy_changed(self, version: str) -> None:
+        """The engine has other weights from now on. Tokens that arrive bear this version, also of calls in
+        flight: say it while the engine is paused.
+        """
+        self.engine = replace(self.engine, policy_version=version)
 
     async def record(self, session: Session, call: ModelCall) -> None:
         """Make a call durable. Whatever goes wrong here, the harness gets its answer."""

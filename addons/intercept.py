@@ -50,6 +50,7 @@ class Intercept:
             seq=session.next_seq(),
             lineage=session.lineage,
             answers=self._capture.answers,
+            policy_version=self._capture.policy_version,
         )
         call = _Call(self._capture, session, flow, exchange)
         self._live.add(call)

@@ -28,6 +28,7 @@ from polar_mitm_addons.chain import OPTIONS, Chain, ModelCalls
 from polar_mitm_addons.dispatch import direct_handler
 from polar_mitm_addons.intercept import Intercept
 from polar_mitm_addons.restore import restore
+from polar_mitm_addons.weights_watch import WeightsWatch
 
 if TYPE_CHECKING:
     from polar_mitm.store import Recorder
@@ -46,11 +47,16 @@ class Serving:
         model_calls: Callable[[Capture], ModelCalls] = Intercept,
     ) -> None:
         self.recorder = recorder
-        self.engine = engine
         self.capture = Capture(settings, engine, recorder, new_http(settings))
         self.chain = Chain(self.capture, model_calls)
+        self.watch = WeightsWatch(self.capture)
         self._open: dict[str, Rollout] = {}
         self._closed: set[str] = set()
+
+    @property
+    def engine(self) -> EngineInfo:
+        """The engine, with the version of the weights that it has now."""
+        return self.capture.engine
 
     async def open_rollout(self, rollout: Rollout) -> Session:
         """Record that a rollout begins, or goes on: its recorded calls can then be continued.
@@ -60,6 +66,7 @@ class Serving:
         """
         if rollout.rollout_id in self._open:
             raise ValueError(f"rollout {rollout.rollout_id} is open already")
+        self.watch.start()
         self._open[rollout.rollout_id] = rollout
         rollout.started_at = rollout.started_at or time.time()
         rollout.engine, rollout.model = self.engine.url, self.engine.model
@@ -96,6 +103,7 @@ class Serving:
 
     async def close(self) -> None:
         await self.chain.intercept.end()
+        await self.watch.close()
         await self.capture.http.close()
 
 

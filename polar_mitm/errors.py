@@ -53,3 +53,15 @@ class TaskError(Exception):
 
 class SetupError(Exception):
     """Something this machine lacks (bwrap, node, a user namespace); the message says how to get it."""
+
+
+class WeightsError(Exception):
+    """An engine did not take new weights; the message says why, and what it serves now.
+
+    `serving` is the version that it serves; None where nobody can say, and nothing that it samples is to be
+    trained on before its weights are whole again.
+    """
+
+    def __init__(self, message: str, serving: str | None = None) -> None:
+        super().__init__(message)
+        self.serving = serving

@@ -68,7 +68,8 @@ class Exchange:
     """See the module. One instance is one call and is used by one task.
 
     Without a `lineage`, the calls of the rollout so far, it continues none. `answers` is what the engine was
-    asked before, by any call.
+    asked before, by any call. `policy_version` says what the engine samples under now; without, what it was
+    probed with.
     """
 
     def __init__(
@@ -83,8 +84,10 @@ class Exchange:
         call_id: str | None = None,
         lineage: Lineage | None = None,
         answers: Answers | None = None,
+        policy_version: Callable[[], str] | None = None,
     ) -> None:
         self._dialect = dialect
+        self._policy_version = policy_version or (lambda: engine.policy_version)
         self._lineage = lineage
         self._answers = answers or Answers()
         self._found = Found()
@@ -111,7 +114,7 @@ class Exchange:
             route="",
             status="failed",
             model_served=engine.model,
-            policy_version=engine.policy_version or None,
+            policy_version=self._policy_version() or None,
             tokenizer=engine.tokenizer,
             started_at=clock(),
         )
@@ -339,8 +342,12 @@ class Exchange:
             if self._continued.prompt_token_ids not in (None, delta.prompt_token_ids):
                 self._ignored()
         if delta.token_ids:
+            version = self._policy_version() or None
             if self.call.first_token_at is None:
                 self.call.first_token_at = self._clock()
+                self.call.policy_version = version
+            elif version != self.call.policy_version:
+                self.call.policy_version_last = version
             done.completion_token_ids += delta.token_ids
         if delta.logprobs:
             done.behaviour_logprobs += delta.logprobs

@@ -218,8 +218,8 @@ class ModelCall(Struct):
     `status`: "ok" answered to the end; "cancelled" the harness hung up (its partial tokens are kept);
     "failed" the engine failed; "refused" never sent to the engine (malformed, too large, ...).
     `delivered` says whether every byte of the answer was handed to the harness's connection.
-    `policy_version` is the engine's own word for its weights; `policy_version_last` that of the last token,
-    where weights changed inside the call.
+    `policy_version` is the engine's own word for its weights at the first token; `policy_version_last` that
+    of the last one, where weights changed inside the call.
 
     `continuation` "exact": the prompt ids begin with `parent_call_id`'s own prompt and sampled ids; `edits`
     lists the harmless edits that its echo in the history shows. "none": rendered anew, and `fallback` says

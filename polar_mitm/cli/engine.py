@@ -50,7 +50,23 @@ def up(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, metavar="N", help="On 127.0.0.1; else any free one.")
     ] = None,
-    dev: Annotated[bool, typer.Option("--dev", help="Open vLLM's endpoints that change weights.")] = False,
+    dev: Annotated[
+        bool, typer.Option("--dev", help="Open vLLM's endpoints that change weights, for training.")
+    ] = False,
+    lora: Annotated[
+        int,
+        typer.Option(
+            min=0, max=512, metavar="RANK", help="Take LoRA adapters up to this rank; implies --dev."
+        ),
+    ] = 0,
+    transfer: Annotated[
+        bool,
+        typer.Option(
+            "--transfer",
+            help="Take weights out of a trainer's GPU memory; implies --dev. "
+            "Who reaches the port can then run code as you.",
+        ),
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Install vLLM if need be, start it, wait until it answers.
@@ -68,6 +84,8 @@ def up(
             max_model_len=max_model_len,
             tool_call_parser=tool_call_parser,
             dev=dev,
+            lora=lora,
+            transfer=transfer,
             port=port,
             extra=extra or [],
             on_step=step,
@@ -122,6 +140,10 @@ def probe(engine: EngineOption = None, model: ModelOption = "", json: JsonFlag =
     )
     images = "yes" if info.images else "no"
     tell(f"token ids and logprobs: yes; images: {images}; policy {info.policy_version}")
+    if info.weight_version:
+        tell(f"weights: {info.weight_version}, and can be updated (development mode)")
+    else:
+        tell("weights: cannot be updated (polar-mitm engine up --dev)")
 
 
 def probed(url: str | None, model: str = "") -> EngineInfo:

@@ -18,6 +18,8 @@ from polar_mitm.engine.model import DEFAULT_MODEL
 _WINDOW = 32_768  # the largest first request of a harness is 28,500 tokens in the default model's vocabulary
 _CONTEXTS = 4  # whole windows that the KV cache of a CPU engine holds
 _UNKNOWN_KV_BYTES = 4 << 30
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM can be told of the largest rank (vllm.config.lora)."""
 
 
 class Launch(Struct, frozen=True):
@@ -29,6 +31,8 @@ class Launch(Struct, frozen=True):
         max_model_len: window in tokens; None leaves it to the model.
         tool_call_parser: vLLM's parser for the tool calls that this model writes.
         dev: open the endpoints that change weights.
+        lora: the largest rank of LoRA adapters that can be loaded; 0 for none.
+        transfer: take weights out of a trainer's GPU memory.
         extra: more arguments for vLLM, as they are; they win.
     """
 
@@ -40,6 +44,8 @@ class Launch(Struct, frozen=True):
     max_model_len: int | None = None
     tool_call_parser: str = "hermes"
     dev: bool = False
+    lora: int = 0
+    transfer: bool = False
     extra: tuple[str, ...] = ()
 
 
@@ -81,6 +87,11 @@ def command(python: Path, launch: Launch) -> list[str]:
     ]
     if launch.max_model_len is not None:
         flags["max-model-len"] = launch.max_model_len
+    if launch.lora:
+        switches.append("enable-lora")
+        flags["max-lora-rank"] = next(rank for rank in LORA_RANKS if rank >= launch.lora)
+    if launch.transfer:
+        flags["weight-transfer-config"] = '{"backend": "ipc"}'
     if launch.device == "cpu":
         switches.append("enforce-eager")
         flags["kv-cache-memory-bytes"] = kv_cache_bytes(read_config(launch.model), launch)
@@ -97,6 +108,8 @@ def environment(python: Path, launch: Launch) -> dict[str, str]:
     env = clean_environment()
     env |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"}
     env["VLLM_SERVER_DEV_MODE"] = "1" if launch.dev else "0"
+    env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1" if launch.dev and launch.lora else "0"
+    env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1" if launch.transfer else "0"
     if launch.model.is_dir():
         env["HF_HUB_OFFLINE"] = "1"
     if launch.device == "cpu":

@@ -38,6 +38,8 @@ def up(
     max_model_len: int | None = None,
     tool_call_parser: str = "hermes",
     dev: bool = False,
+    lora: int = 0,
+    transfer: bool = False,
     port: int | None = None,
     extra: Sequence[str] = (),
     timeout_s: float = 900.0,
@@ -51,6 +53,9 @@ def up(
         dtype, max_model_len: of the model; see `flags.completed` for what is chosen.
         tool_call_parser: vLLM's parser for the tool calls that this model writes.
         dev: open the endpoints that change weights (VLLM_SERVER_DEV_MODE).
+        lora: the largest rank of LoRA adapters to be loaded, at most 512; implies `dev`.
+        transfer: take weights out of a trainer's GPU memory; implies `dev`. Whoever can reach the port can
+            then run code as this user.
         port: on 127.0.0.1; any free one by default.
         extra: more arguments for vLLM.
         timeout_s: for the server's start, a model's download included; not for the installation.
@@ -59,12 +64,18 @@ def up(
         SetupError: it cannot be installed, or an engine runs that serves something else.
         EngineUnfit: the server stopped while it started, or did not answer in time.
     """
+    if lora > flags.LORA_RANKS[-1]:
+        raise SetupError(f"vLLM takes LoRA adapters of rank {flags.LORA_RANKS[-1]} at most, not {lora}")
+    if transfer and device() != "cuda":
+        raise SetupError("weights are taken from GPU memory only, and there is no GPU: update from a folder")
+    dev = dev or transfer or lora > 0
     cache = (cache or default_cache()).absolute()
     path = _state_path(cache)
     with locked(cache / "engine" / ".up.lock", lambda: on_step("Waiting for another start of the engine")):
         if (running := state.read(path)) is not None:
             if state.alive(running):
-                return _ready(_compatible(running, model, dtype, dev), path, None, timeout_s)
+                asked = {"dev": dev, "lora": lora, "transfer": transfer}
+                return _ready(_compatible(running, model, dtype, asked), path, None, timeout_s)
             state.terminate(running)
         python = ensure_env(cache, on_step)
         folder = ensure_model(cache, model, on_step)
@@ -76,6 +87,8 @@ def up(
             max_model_len=max_model_len,
             tool_call_parser=tool_call_parser,
             dev=dev,
+            lora=lora,
+            transfer=transfer,
             extra=tuple(extra),
         )
         launch = flags.completed(launch, default=model in (None, DEFAULT_MODEL))
@@ -126,12 +139,16 @@ def _state_path(cache: Path) -> Path:
     return cache / "engine" / "state.json"
 
 
-def _compatible(running: EngineState, model: str | None, dtype: str | None, dev: bool) -> EngineState:
+def _compatible(
+    running: EngineState, model: str | None, dtype: str | None, asked: dict[str, int]
+) -> EngineState:
     """The running engine, unless something else was asked for."""
     names = {running.model, running.served_model_name}
     other = model is not None and not names & {model, str(Path(model).expanduser().resolve())}
-    if other or dtype not in (None, running.dtype) or (dev and not running.dev):
-        what = f"{running.served_model_name} ({running.dtype}{', dev' if running.dev else ''})"
+    less = any(getattr(running, name) < least for name, least in asked.items())
+    if other or less or dtype not in (None, running.dtype):
+        can = [name for name in asked if getattr(running, name)]
+        what = f"{running.served_model_name} ({', '.join([running.dtype, *can])})"
         raise SetupError(
             f"the engine at {running.url} serves {what}, not what is asked for: "
             "stop it first (polar-mitm engine down)"
@@ -165,6 +182,8 @@ def _spawn(python: Path, launch: Launch, log: Path) -> tuple[subprocess.Popen[by
         log=str(log),
         started_at=time.time(),
         dev=launch.dev,
+        lora=launch.lora,
+        transfer=launch.transfer,
     )
 
 

@@ -22,6 +22,8 @@ class EngineState(Struct, frozen=True):
         model: what was asked for: a folder or a Hugging Face name.
         max_model_len: the window in tokens; 0 until the server answers.
         dev: whether the endpoints that change weights are open (VLLM_SERVER_DEV_MODE).
+        lora: the largest rank of LoRA adapters that it takes; 0 for none.
+        transfer: whether it takes weights out of a trainer's GPU memory.
         log: path of the server's output.
     """
 
@@ -35,6 +37,8 @@ class EngineState(Struct, frozen=True):
     started_at: float
     max_model_len: int = 0
     dev: bool = False
+    lora: int = 0
+    transfer: bool = False
 
 
 def read(path: Path) -> EngineState | None:

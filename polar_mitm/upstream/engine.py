@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from msgspec import Struct
 
 
@@ -21,7 +23,8 @@ class EngineInfo(Struct, frozen=True):
     """A probed engine. `policy_version` is its own word for its weights; `images` whether it reads them.
 
     `template` is None where the engine does not render for us, or takes no token ids as a prompt: its calls
-    cannot continue one another exactly. `tokenizer` is a fingerprint of text to ids.
+    cannot continue one another exactly. `tokenizer` is a fingerprint of text to ids. `weight_version` is what
+    an engine whose weights can be updated calls them; "" where they stay as they are.
     """
 
     url: str
@@ -32,3 +35,17 @@ class EngineInfo(Struct, frozen=True):
     images: bool = False
     tokenizer: str = ""
     template: Template | None = None
+    weight_version: str = ""
+
+
+_STEP = re.compile(r"step-(0|[1-9][0-9]*)")
+
+
+def step_of(policy_version: str | None) -> int | None:
+    """The number of optimiser steps that a version of ours stands for; None for another's.
+
+    >>> step_of("step-12"), step_of("default"), step_of(None)
+    (12, None, None)
+    """
+    found = _STEP.fullmatch(policy_version or "")
+    return int(found[1]) if found else None

@@ -67,6 +67,11 @@ async def probe(url: str, model: str = "", *, timeout_s: float = 120.0) -> Engin
                 raise EngineUnfit(f"the engine at {url} has no model {name!r}, only {', '.join(models)}")
             version = (await _get(http, url, "/version", default={})).get("version", "")
             weights = (await _get(http, url, "/weight_info", default={})).get("weight_version")
+            if weights and (await _get(http, url, "/is_paused", default={})).get("is_paused"):
+                raise EngineUnfit(
+                    f"the engine at {url} is paused: an update of its weights runs, or was cut off. In the "
+                    "latter case restart it, or update it again"
+                )
             await _check_stream(http, url, name, tool_choice="required")
             fingerprint = await _check_stream(http, url, name, tool_choice="auto")
             images = await _reads_images(http, url, name)
@@ -88,13 +93,20 @@ async def probe(url: str, model: str = "", *, timeout_s: float = 120.0) -> Engin
     return EngineInfo(
         url=url,
         model=name,
-        max_model_len=models[name].get("max_model_len") or 0,
+        max_model_len=_window(models, name),
         version=version,
         policy_version=str(weights) if weights else f"{name}@{fingerprint or version}",
         images=images,
         tokenizer=tokenizer,
         template=template,
+        weight_version=str(weights) if weights else "",
     )
+
+
+def _window(models: dict[str, Any], name: str) -> int:
+    """A model's window; an adapter has that of the model that it adapts."""
+    card = models[name]
+    return card.get("max_model_len") or models.get(card.get("parent"), {}).get("max_model_len") or 0
 
 
 async def _get(http: aiohttp.ClientSession, url: str, path: str, default: Any = None) -> Any:
