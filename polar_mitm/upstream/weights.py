@@ -303,7 +303,7 @@ class EngineWeights:
         """Nothing that it samples from here on may pass for anything."""
         self._told(UNKNOWN)
         with contextlib.suppress(WeightsError):
-            await self.name(UNKNOWN)
+            await self._ask("POST", "/update_weight_version", {"new_version": UNKNOWN})
         return WeightsError(f"{error}. What it serves now is not known ({trouble}): restart it")
 
     async def _resumed(self) -> str | None:

@@ -74,6 +74,26 @@ def test_the_command_on_a_gpu_leaves_memory_and_graphs_to_vllm(model: Path, pyth
     assert not {"--enforce-eager", "--kv-cache-memory-bytes", "--max-num-batched-tokens"} & set(command)
 
 
+@pytest.mark.parametrize(("asked", "told"), [(1, "1"), (8, "8"), (12, "16"), (512, "512")])
+def test_adapters(asked: int, told: str, model: Path, python: Path) -> None:
+    launch = Launch(model, "cpu", 1, dev=True, lora=asked)
+    command = flags.command(python, launch)
+    assert "--enable-lora" in command and _value(command, "max-lora-rank") == told
+    assert flags.environment(python, launch)["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert "--enable-lora" not in flags.command(python, Launch(model, "cpu", 1))
+    assert flags.environment(python, Launch(model, "cpu", 1))["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"
+
+
+def test_a_trainers_gpu_memory_is_read_only_where_asked(model: Path, python: Path) -> None:
+    """A server that unpickles what comes in is nobody's default."""
+    for launch, opened in (
+        (Launch(model, "cuda", 1, dev=True), "0"),
+        (Launch(model, "cuda", 1, dev=True, transfer=True), "1"),
+    ):
+        assert flags.environment(python, launch)["VLLM_ALLOW_INSECURE_SERIALIZATION"] == opened
+        assert ("--weight-transfer-config" in flags.command(python, launch)) == (opened == "1")
+
+
 def test_the_environment(model: Path, python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/stray")
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")

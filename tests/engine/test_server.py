@@ -101,12 +101,28 @@ def test_a_second_up_returns_the_running_one(play: Play) -> None:
     assert engine.up(model=started.model) == started
 
 
-@pytest.mark.parametrize("other", [{"model": "org/other"}, {"dtype": "float16"}, {"dev": True}])
+@pytest.mark.parametrize("other", [{"model": "org/other"}, {"dtype": "float16"}, {"dev": True}, {"lora": 8}])
 def test_up_does_not_pass_off_another_engine(play: Play, other: dict[str, object]) -> None:
     started = engine.up(dtype="float32")
     with pytest.raises(SetupError, match=r"engine down"):
         engine.up(**other)  # type: ignore[arg-type]
     assert engine.status() == started
+
+
+def test_what_can_do_more_does(play: Play) -> None:
+    started = engine.up(lora=16)
+    assert (started.dev, started.lora) == (True, 16)
+    assert engine.up(dev=True) == engine.up(lora=8) == engine.up() == started
+    with pytest.raises(SetupError, match=r"\(float32, dev, lora\), not what is asked for"):
+        engine.up(lora=17)
+
+
+def test_what_cannot_be_is_refused_before_anything_starts(play: Play) -> None:
+    with pytest.raises(SetupError, match="rank 512 at most"):
+        engine.up(lora=513)
+    with pytest.raises(SetupError, match="no GPU"):
+        engine.up(transfer=True)
+    assert engine.status() is None
 
 
 def test_two_ups_at_once_start_one_server(play: Play) -> None:

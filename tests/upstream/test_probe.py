@@ -200,6 +200,13 @@ async def test_the_engines_own_weight_version_is_the_policy_version() -> None:
         assert (await probe(url)).policy_version == "step-12"
 
 
+async def test_an_adapters_window_is_its_models() -> None:
+    adapter = {"id": "policy", "parent": "m", "max_model_len": None}
+    models = {"data": [{"id": "m", "max_model_len": 4096}, adapter]}
+    async with server(models=says(models), chat=streams(WHOLE)) as url:
+        assert (await probe(url, "policy")).max_model_len == 4096
+
+
 async def test_an_engine_that_hangs_is_given_up() -> None:
     async def hang(request: web.Request) -> web.StreamResponse:
         await asyncio.Event().wait()  # until the client leaves
