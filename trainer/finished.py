@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from polar_mitm.columns import RolloutColumns
 from polar_mitm.reconstruct import Builder, BuildReport, build
 from polar_mitm.types import Message, ModelCall, Rollout, RolloutStatus
 from polar_mitm_trainer.tool_calls import is_malformed
@@ -141,13 +142,14 @@ class Finished:
     def of_calls(
         cls,
         rollout: Rollout,
-        calls: Sequence[ModelCall],
+        calls: Sequence[ModelCall] | RolloutColumns,
+        answers: Mapping[str, Message],
         *,
         reward: float | None,
         builder: Builder = "forest",
         max_tokens: int | None = None,
     ) -> Finished:
-        """Out of memory: a rollout and all its calls, whole. The arguments are those of `reconstruct.build`.
+        """Of a rollout and all its calls, rebuilt as `reconstruct.build` is told.
 
         Raises:
             ValueError: as `build` does.
@@ -156,5 +158,4 @@ class Finished:
         trajectories = list(built)
         last_spans = [(t.role, t.spans[-1]) for t in trajectories]
         outcome = Outcome.of(rollout, Built.of(report), last_spans, reward=reward)
-        answers = {call.call_id: call.answer for call in calls if call.answer is not None}
         return cls.of(outcome, [t for t in trajectories if t.num_trained], answers)

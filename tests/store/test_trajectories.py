@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from polar_mitm.errors import StoreError
 from polar_mitm.store import Recorder, open_reader
-from polar_mitm.store.batches import PackedBatch, packed_batches
+from polar_mitm.store.batches import PackedBatch, packed, packed_batches
 from polar_mitm.store.offline import writing
 from polar_mitm.store.trajectories import StoredSpan, TrajectoryWriter, mask_runs, stored_trajectories
 from polar_mitm.types import Rollout
@@ -138,6 +138,16 @@ def test_batches(tmp_path: Path) -> None:
         assert list(packed_batches(reader, max_tokens=10, builder="nobody")) == []
         with pytest.raises(StoreError, match="trajectory a has 2003 tokens, a batch 2002"):
             next(packed_batches(reader, max_tokens=2002))
+
+
+def test_some_by_number(tmp_path: Path) -> None:
+    path = empty(tmp_path / "s.duckdb")
+    write(path, SOME, rollouts=("r1", "r2"))
+    with open_reader(path) as reader:
+        check(packed(reader, [4, 0, 2, 0]), [SOME[0], SOME[2], SOME[4]])
+        check(packed(reader, [3]), SOME[3:4])
+        with pytest.raises(StoreError, match="its trajectories are damaged"):
+            packed(reader, [4, 5])
 
 
 def test_what_became_incomplete_is_in_no_batch(tmp_path: Path) -> None:

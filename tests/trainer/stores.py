@@ -34,7 +34,8 @@ class Recorded:
     def finished(self) -> Finished:
         """As an online run hands it over."""
         (reward,) = self.rewards.values() or (None,)
-        return Finished.of_calls(self.rollout, self.calls, reward=reward)
+        answers = {call.call_id: call.answer for call in self.calls if call.answer is not None}
+        return Finished.of_calls(self.rollout, self.calls, answers, reward=reward)
 
 
 def answer(text: str = "", *arguments: str, kind: Any = "function") -> Message:

@@ -17,6 +17,7 @@ from polar_mitm_trainer.data import (
     DataError,
     NothingToLearn,
     Position,
+    Snapshot,
     Step,
     TrainingSet,
     samples_of,
@@ -76,17 +77,24 @@ def test_an_epoch_is_every_group_once_and_whole(store: Path) -> None:
         assert total.sampled == everything
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.fixture(scope="module")
+def snapshot(store: Path) -> Snapshot:
+    with open_reader(store) as reader:
+        return select(reader, query("all"))
+
+
+@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 2**63), st.integers(1, 7), st.data())
 def test_from_any_position_it_goes_on_to_the_bit(
-    store: Path, seed: int, per_step: int, data: st.DataObject
+    store: Path, snapshot: Snapshot, seed: int, per_step: int, data: st.DataObject
 ) -> None:
+    told = config().model_copy(update={"seed": seed})
     with open_reader(store) as reader:
-        whole = list(training_set(reader, seed, per_step).steps(num_epochs=3))
+        whole = list(TrainingSet(reader, snapshot, told, groups_per_step=per_step).steps(num_epochs=3))
     at = data.draw(st.integers(0, len(whole)))
     start = whole[at - 1].after if at else Position()
     with open_reader(store) as reader:
-        rest = list(training_set(reader, seed, per_step).steps(start, num_epochs=3))
+        rest = list(TrainingSet(reader, snapshot, told, groups_per_step=per_step).steps(start, num_epochs=3))
     assert [s.position for s in rest] == [s.position for s in whole[at:]]
     assert [s.after for s in rest] == [s.after for s in whole[at:]]
     assert [content(s) for s in rest] == [content(s) for s in whole[at:]]
@@ -180,6 +188,19 @@ def test_a_token_that_changes_between_two_steps_is_seen(tmp_path: Path) -> None:
         pytest.raises(DataError, match="1 trajectories of the snapshot are not"),
     ):
         TrainingSet(reader, chosen, config(), groups_per_step=2)
+
+
+def test_a_call_whose_answer_is_lost_is_not_malformed(tmp_path: Path) -> None:
+    some = groups(1)
+    for one in some:
+        one.calls[0].answer = answer("", "{oops")
+    path = record(tmp_path / "s.duckdb", some)
+    with duckdb.connect(str(path)) as con:
+        con.execute("UPDATE call_rows SET answer = NULL WHERE rollout_id = 'g0r0'")
+        con.execute("UPDATE call_rows SET answer = '\\x00\\x01'::BLOB WHERE rollout_id = 'g0r1'")
+    with open_reader(path) as reader:
+        (step,) = training_set(reader).steps()
+    assert {r.outcome.rollout_id for r in step.rollouts if r.malformed} == {"g0r2", "g0r3"}
 
 
 def test_groups_per_step_is_positive(store: Path) -> None:
