@@ -41,7 +41,8 @@ def token_logprobs(
     """Logprobs [M] in nats of `targets` [M] int64 under `hidden` [M, H], and entropies [M] without gradient.
 
     At most `chunk` rows of logits exist at once, in the backward pass too, which computes them again.
-    A head that is not a plain linear layer (one with an adapter) is called, and costs more memory.
+    A head that is not a plain linear layer (one with an adapter) is called: its logits are of its own type,
+    and several copies of a chunk of them exist.
     """
     linear = head.module
     if type(linear) is nn.Linear:
@@ -114,12 +115,13 @@ class _LinearLogprobs(torch.autograd.Function):
         entropy = torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(len(targets), chunk):
-                logits = _logits(hidden[rows], weight, bias, head, dtype)
-                normaliser[rows] = logits.logsumexp(-1)
-                logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser[rows]
-                if with_entropy:
-                    shares = (logits - normaliser[rows, None]).exp_()
-                    entropy[rows] = normaliser[rows] - torch.linalg.vecdot(shares, logits)
+                _score(
+                    _logits(hidden[rows], weight, bias, head, dtype),
+                    targets[rows],
+                    logprobs[rows],
+                    normaliser[rows],
+                    entropy[rows] if with_entropy else None,
+                )
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
         ctx.head, ctx.chunk = head, chunk
         ctx.mark_non_differentiable(entropy)
@@ -137,13 +139,8 @@ class _LinearLogprobs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(len(targets), ctx.chunk):
                 logits = _logits(hidden[rows], weight, bias, head, dtype)
-                slope = None if head.softcap is None else 1.0 - (logits / head.softcap).square()
-                of_logits = logits.sub_(normaliser[rows, None]).exp_().mul_(-grad[rows, None])
-                of_logits.scatter_add_(1, targets[rows, None], grad[rows, None])
-                if slope is not None:
-                    of_logits *= slope
-                if head.scale != 1.0:
-                    of_logits *= head.scale
+                of_logits = _logit_gradients(logits, targets[rows], normaliser[rows], grad[rows], head)
+                del logits  # or two chunks of them would exist
                 if grad_bias is not None:
                     grad_bias += of_logits.sum(0)
                 of_logits = of_logits.to(hidden.dtype)
@@ -164,6 +161,29 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, dty
     if bias is not None:
         logits += bias
     return _shaped(logits, head)
+
+
+def _score(
+    logits: Tensor, targets: Tensor, logprobs: Tensor, normaliser: Tensor, entropy: Tensor | None
+) -> None:
+    """Fills in the last three for one chunk."""
+    torch.logsumexp(logits, -1, out=normaliser)
+    torch.sub(logits.gather(1, targets[:, None])[:, 0], normaliser, out=logprobs)
+    if entropy is not None:
+        expected = logits.sub(normaliser[:, None]).exp_().mul_(logits).sum(-1)
+        torch.sub(normaliser, expected, out=entropy)
+
+
+def _logit_gradients(logits: Tensor, targets: Tensor, normaliser: Tensor, grad: Tensor, head: Head) -> Tensor:
+    """Of one chunk's logits before they are shaped, in their place."""
+    slope = None if head.softcap is None else 1.0 - (logits / head.softcap).square()
+    result = logits.sub_(normaliser[:, None]).exp_().mul_(-grad[:, None])
+    result.scatter_add_(1, targets[:, None], grad[:, None])
+    if slope is not None:
+        result *= slope
+    if head.scale != 1.0:
+        result *= head.scale
+    return result
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

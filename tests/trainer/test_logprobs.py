@@ -116,25 +116,36 @@ def test_what_is_frozen_costs_no_gradient(kind: str, trains: tuple[bool, bool]) 
         assert not token_logprobs(hidden, targets, HEADS[kind](linear), chunk=5)[0].requires_grad
 
 
-@pytest.mark.parametrize("kind", HEADS)
-def test_bfloat16_weights_have_float32_logits(kind: str) -> None:
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])])
+@pytest.mark.parametrize("kind", ["plain", "shaped"])
+def test_bfloat16_weights_have_float32_logits(kind: str, device: str) -> None:
     """As near to float64 on the same weights as a float32 softmax is; only gradients are rounded."""
     hidden, targets, linear = case(dtype=torch.bfloat16)
-    if kind.startswith("called"):
-        linear.float()
-        known_head, found_hidden = HEADS[kind](linear), hidden.float()
-    else:
-        known_head, found_hidden = HEADS[kind](linear), hidden
-    found, entropy = token_logprobs(found_hidden, targets, known_head, chunk=5, with_entropy=True)
-    (gradient,) = torch.autograd.grad(found.sum(), hidden)
+    hidden = hidden.detach().to(device).requires_grad_()
+    targets, linear = targets.to(device), linear.to(device)
+    found, entropy = token_logprobs(hidden, targets, HEADS[kind](linear), chunk=5, with_entropy=True)
+    gradient, weight_gradient = torch.autograd.grad(found.sum(), [hidden, linear.weight])
     assert entropy is not None and found.dtype == entropy.dtype == torch.float32
-    assert gradient.dtype == torch.bfloat16
+    assert gradient.dtype == weight_gradient.dtype == torch.bfloat16
     exact = hidden.detach().double().requires_grad_()
     known, known_entropy = whole(exact, targets, HEADS[kind](linear.double()))
     torch.testing.assert_close(found.double(), known, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy.double(), known_entropy, rtol=1e-5, atol=1e-5)
-    (known_gradient,) = torch.autograd.grad(known.sum(), exact)
-    torch.testing.assert_close(gradient.double(), known_gradient, rtol=0.02, atol=0.02)
+    known_gradients = torch.autograd.grad(known.sum(), [exact, linear.weight])
+    for each, of_it in (gradient, known_gradients[0]), (weight_gradient, known_gradients[1]):
+        torch.testing.assert_close(each.double(), of_it, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_nothing_has_no_logprobs_and_a_gradient(kind: str) -> None:
+    hidden, targets, linear = case()
+    found, entropy = token_logprobs(hidden[:0], targets[:0], HEADS[kind](linear), chunk=5, with_entropy=True)
+    assert entropy is not None and found.shape == entropy.shape == (0,)
+    found.sum().backward()
+    assert linear.weight.grad is not None and not linear.weight.grad.any()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -12,7 +12,7 @@ from polar_mitm_trainer.token_batch import TokenBatch
 def gspo(tokens: TokenBatch, log_ratio: Tensor, least: float, most: float) -> Terms:
     """The paper's GSPO-token: the sequence's ratio as a value, each token's own logprob as gradient.
 
-    Where all tokens of a sequence have one advantage and one weight, gradients are those of GSPO itself.
+    Where all tokens of a sequence have one advantage, weight and correction, gradients are GSPO's own.
     """
     lengths = tokens.per_sample(log_ratio.new_ones(()).expand_as(log_ratio)).clamp(min=1.0)
     of_sequence = (tokens.per_sample(log_ratio.detach()) / lengths)[tokens.samples]
