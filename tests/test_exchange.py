@@ -483,6 +483,20 @@ def test_an_answer_that_the_engine_aborted_is_no_answer(provider: Provider) -> N
 # --- harnesses that leave -------------------------------------------------------------------------------
 
 
+def test_weights_that_change_meanwhile_are_told_of_the_first_and_the_last_token() -> None:
+    now = ["step-1"]
+    exchange = Exchange(
+        DIALECTS["anthropic"], ENGINE, Settings(), rollout_id="r1", seq=0, policy_version=lambda: now[0]
+    )
+    start(exchange, ANTHROPIC, ANTHROPIC.body())
+    assert exchange.call.policy_version == "step-1"  # also of a call that will have no tokens
+    seen = []
+    for event, now[0] in zip(events(ANSWER), ["step-2", "step-3", "step-3", "step-4"], strict=False):
+        exchange.feed(event)
+        seen.append((exchange.call.policy_version, exchange.call.policy_version_last))
+    assert seen == [("step-1", None), ("step-3", None), ("step-3", None), ("step-3", "step-4")]
+
+
 @both
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("after", [0, 1, 4])
