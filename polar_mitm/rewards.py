@@ -61,7 +61,7 @@ async def judge(attempt: Attempt, scratch: Path) -> Verdict:
     """The verdict on an attempt, in whose `workspace` nobody works any more; the reward gets a copy.
 
     Args:
-        scratch: an existing folder for the copy and what goes with it, to be removed by the caller.
+        scratch: a folder, made for the copy and what goes with it; to be removed by the caller.
 
     Raises:
         NoVerdict: the reward failed, took too long, or gave no finite number; or the workspace is too large.
@@ -73,8 +73,8 @@ async def judge(attempt: Attempt, scratch: Path) -> Verdict:
         attempt = replace(attempt, workspace=copied)
         async with asyncio.timeout(task.reward_timeout_s):
             if callable(task.reward):
-                return verdict_of(await _by_function(task.reward, attempt))
-            return verdict_of(await _by_command(task.reward, attempt, scratch))
+                return await _by_function(task.reward, attempt)
+            return await _by_command(task.reward, attempt, scratch)
     except TimeoutError:
         raise NoVerdict(f"no verdict within {task.reward_timeout_s:g} s") from None
     except (workspace.TooLarge, OSError) as error:
@@ -88,7 +88,7 @@ def verdict_of(given: Any) -> Verdict:
         NoVerdict: it is none.
     """
     if isinstance(given, Verdict):
-        return given
+        given = {**given.metrics, "reward": given.value, "evidence": given.evidence}
     evidence, metrics, value = "", {}, given
     if isinstance(given, Mapping):
         metrics = dict(given)
@@ -102,14 +102,16 @@ def verdict_of(given: Any) -> Verdict:
     )
 
 
-async def _by_function(function: RewardFunction, attempt: Attempt) -> Any:
+async def _by_function(function: RewardFunction, attempt: Attempt) -> Verdict:
     """In a thread that nobody waits for in vain: a function that hangs holds up neither us nor our end."""
-    done: Future[Any] = Future()
+    done: Future[Verdict] = Future()
     done.set_running_or_notify_cancel()
 
     def work() -> None:
         try:
-            done.set_result(function(attempt))
+            done.set_result(verdict_of(function(attempt)))
+        except NoVerdict as error:
+            done.set_exception(error)
         except BaseException as error:
             done.set_exception(NoVerdict(f"the reward failed: {located(error)}"))
 
@@ -117,7 +119,7 @@ async def _by_function(function: RewardFunction, attempt: Attempt) -> Any:
     return await asyncio.wrap_future(done)
 
 
-async def _by_command(command: Sequence[str], attempt: Attempt, scratch: Path) -> Any:
+async def _by_command(command: Sequence[str], attempt: Attempt, scratch: Path) -> Verdict:
     task, printed, told = attempt.task, scratch / "stdout", scratch / "task.json"
     printed.write_text(attempt.stdout)
     try:
@@ -137,9 +139,9 @@ async def _by_command(command: Sequence[str], attempt: Attempt, scratch: Path) -
         raise NoVerdict(f"the reward command ended with {code}: {_last_line(err) or 'without a word'}")
     line = _last_line(out)
     with suppress(ValueError):
-        return float(line)
+        return verdict_of(float(line))
     with suppress(ValueError, RecursionError):
-        return json.loads(line)
+        return verdict_of(json.loads(line))
     raise NoVerdict(f"the reward command's last line is no number and no JSON: {line[:200]!r}")
 
 
@@ -154,7 +156,7 @@ async def _output(
             process = await asyncio.create_subprocess_exec(
                 *command, cwd=cwd, env=env, stdin=DEVNULL, stdout=out, stderr=err, start_new_session=True
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise NoVerdict(f"the reward command cannot be run: {error}") from None
     try:
         code = await process.wait()

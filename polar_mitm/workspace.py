@@ -48,7 +48,7 @@ def copy(
         TooLarge: there is more of it than the bounds allow; part of it may have been copied.
     """
     source = Path(os.path.realpath(source))
-    target.mkdir()
+    target.mkdir(parents=True)
     left_bytes, left_entries = max_bytes, max_entries
     folders, links = [Path()], list[Path]()
     while folders:

@@ -28,7 +28,6 @@ def judged(tmp_path: Path) -> Callable[..., Any]:
         workspace.make(left, {"answer.txt": "42"})
         (left / "passwd").symlink_to("/etc/passwd")
         scratch = tmp_path / "scratch"
-        scratch.mkdir()
         task = Task("t", "think", {"given": "x"}, reward, metadata={"right": "42"}, **fields)
         try:
             return await judge(Attempt(task, left, "last “words”\n", 3, "failed"), scratch)
@@ -36,6 +35,13 @@ def judged(tmp_path: Path) -> Callable[..., Any]:
             assert (left / "answer.txt").read_text() == "42"
 
     return call
+
+
+class Odd:
+    """As tensors are: they have `__float__`, and it raises what it likes."""
+
+    def __float__(self) -> float:
+        raise RuntimeError("not a scalar")
 
 
 def python(code: str) -> list[str]:
@@ -128,6 +134,8 @@ async def test_a_command_prints_a_number(judged: Callable[..., Any], printed: st
         (["/nowhere/to/be/found"], "cannot be run"),
         (lambda attempt: 1 / 0, r"ZeroDivisionError.* at .*test_rewards.py:\d+"),
         (lambda attempt: sys.exit(0), "SystemExit"),
+        (lambda attempt: Verdict(math.nan), "no finite number"),
+        (lambda attempt: Odd(), "RuntimeError.*not a scalar"),
         (lambda attempt: next(iter(())), "StopIteration"),
         (lambda attempt: None, "no finite number: None"),
     ],
@@ -179,7 +187,6 @@ async def test_a_cancelled_command_is_killed(judged: Callable[..., Any], tmp_pat
 async def test_metadata_that_are_no_json(tmp_path: Path) -> None:
     workspace.make(tmp_path / "left", {})
     task = Task("t", "p", reward=["true"], metadata={"x": {1}})
-    (tmp_path / "scratch").mkdir()
     with pytest.raises(NoVerdict, match="no JSON"):
         await judge(Attempt(task, tmp_path / "left", "", 0, "completed"), tmp_path / "scratch")
 
@@ -187,7 +194,6 @@ async def test_metadata_that_are_no_json(tmp_path: Path) -> None:
 async def test_a_workspace_that_is_too_large(tmp_path: Path) -> None:
     left, scratch = tmp_path / "large", tmp_path / "large-scratch"
     workspace.make(left, {})
-    scratch.mkdir()
     with (left / "sparse").open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(NoVerdict, match="holds more than"):

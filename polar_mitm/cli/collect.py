@@ -115,6 +115,7 @@ async def _collect(
     from polar_mitm.cli.hosting import embedded
 
     groups: list[dict[str, Any]] = []
+    rewards: list[float] = []
     async with embedded(settings, info, store) as host, GroupRunner(host, harness, **options) as runner:
         if host.interceptor.recorder.rescue_path:
             fail(f"{store} cannot be written", SETUP)
@@ -122,7 +123,8 @@ async def _collect(
             shown = bar.add_task("collecting", total=num_tasks)
             async for group in runner.run(tasks, group_size):
                 groups.append(_brief(group))
-                mean = _totals(groups)["mean_reward"]
+                rewards += group.rewards
+                mean = fmean(rewards) if rewards else None
                 bar.update(shown, advance=1, description=f"mean reward {_figure(mean)}")
     return groups
 

@@ -7,17 +7,18 @@ import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from polar_mitm import workspace
+from polar_mitm.cli.captured import captured
 from polar_mitm.cli.hosting import EmbeddedHost
 from polar_mitm.cli.rollout import Job, rollout_of, run_rollout
 from polar_mitm.cli.run import install, job_of
 from polar_mitm.config import Settings
 from polar_mitm.dialects.ids import new_id
+from polar_mitm.errors import SetupError
 from polar_mitm.rewards import NoVerdict, Verdict, judge, verifier
 from polar_mitm.tasks import Attempt, Task
 from polar_mitm.types import Reward, Rollout
@@ -85,7 +86,7 @@ class GroupRollout:
     """What one rollout of a group came to.
 
     Attributes:
-        status: as in the store; "failed" also where it did not start.
+        status: as in the store; "failed" also where it did not start, and has no exit code then.
         reward: None where there is no verdict, and `no_reward` then says why.
         incomplete: why its record has holes, so that it is never trained on.
         stdout: what the harness printed; the end of it, if long. `stderr` likewise.
@@ -96,17 +97,17 @@ class GroupRollout:
     sample_index: int
     status: str
     stop_reason: str
-    exit_code: int | None
-    reward: float | None
-    no_reward: str | None
-    metrics: Mapping[str, float]
-    incomplete: str | None
-    calls: int
-    sampled_tokens: int
-    seconds: float
-    stdout: str
-    stderr: str
-    workspace: Path | None
+    exit_code: int | None = None
+    reward: float | None = None
+    no_reward: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    incomplete: str | None = None
+    calls: int = 0
+    sampled_tokens: int = 0
+    seconds: float = 0.0
+    stdout: str = ""
+    stderr: str = ""
+    workspace: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,6 @@ class GroupRunner:
             if ran.exit_code is None or task.reward is None:
                 return ran
             async with self._judging:
-                scratch.mkdir()
                 return await self._judged(ran, task, job.workdir, rollout, scratch)
         finally:
             gone = [scratch] if self._keep else [scratch, job.workdir]
@@ -232,33 +232,35 @@ class GroupRunner:
 
     async def _ran(self, job: Job, task: Task, rollout: Rollout) -> GroupRollout:
         """A rollout without its verdict."""
-        begun_at = time.monotonic()
-        result = GroupRollout(
-            rollout.rollout_id, job.sample_index, "failed", "", None, None, "nobody judges this task", {},
-            None, 0, 0, 0.0, "", "", job.workdir if self._keep else None,
-        )  # fmt: skip
-        async with _captured(MAX_STDOUT_BYTES) as stdout, _captured(_MAX_STDERR_BYTES) as stderr:
-            job.stdout, job.stderr = stdout.fd, stderr.fd
-            try:
-                await asyncio.to_thread(workspace.make, job.workdir, task.files)
-                outcome = await run_rollout(job, self._host, rollout)
-            except Exception as error:  # whatever it is: the group goes on, and the record says what it was
-                why = f"it did not start: {error or repr(error)} {await stderr.text()}".strip()
-                await self._record_failed(rollout, why)
-                return replace(
-                    result, stop_reason=why, no_reward=why, seconds=round(time.monotonic() - begun_at, 2)
+        kept = job.workdir if self._keep else None
+        try:
+            await asyncio.to_thread(workspace.make, job.workdir, task.files)
+            with captured(MAX_STDOUT_BYTES) as stdout, captured(_MAX_STDERR_BYTES) as stderr:
+                job.stdout, job.stderr = stdout.fd, stderr.fd
+                try:
+                    outcome = await run_rollout(job, self._host, rollout)
+                except SetupError as error:
+                    raise SetupError(f"{error} {await stderr.text()}".strip()) from error
+                return GroupRollout(
+                    rollout_id=rollout.rollout_id,
+                    sample_index=job.sample_index,
+                    status=outcome.status,
+                    stop_reason=rollout.stop_reason or "",
+                    exit_code=outcome.exit_code,
+                    no_reward="nobody judges this task",
+                    incomplete=outcome.incomplete,
+                    calls=outcome.calls,
+                    sampled_tokens=outcome.sampled_tokens,
+                    seconds=outcome.seconds,
+                    stdout=await stdout.text(),
+                    stderr=await stderr.text(),
+                    workspace=kept,
                 )
-            return replace(
-                result,
-                status=outcome.status,
-                stop_reason=rollout.stop_reason or "",
-                exit_code=outcome.exit_code,
-                incomplete=outcome.incomplete,
-                calls=outcome.calls,
-                sampled_tokens=outcome.sampled_tokens,
-                seconds=outcome.seconds,
-                stdout=await stdout.text(),
-                stderr=await stderr.text(),
+        except Exception as error:  # whatever it is: the group goes on, and the record says what it was
+            why = f"it did not start: {error or repr(error)}"
+            await self._record_failed(rollout, why)
+            return GroupRollout(
+                rollout.rollout_id, job.sample_index, "failed", why, no_reward=why, workspace=kept
             )
 
     async def _record_failed(self, rollout: Rollout, why: str) -> None:
@@ -302,47 +304,3 @@ async def _cancel(tasks: Iterable[asyncio.Task[Group]]) -> None:
     for each in tasks:
         each.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class _Captured:
-    """A descriptor to write to, and the end of what was written."""
-
-    def __init__(self, fd: int, tail: asyncio.Task[bytes]) -> None:
-        self.fd = fd
-        self._tail = tail
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    async def text(self) -> str:
-        """When nobody but us writes any more."""
-        self.close()
-        return (await self._tail).decode(errors="replace")
-
-
-@asynccontextmanager
-async def _captured(limit: int) -> AsyncIterator[_Captured]:
-    ours, theirs = os.pipe()
-    stream = asyncio.StreamReader()
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(ours, "rb", 0)
-    )
-    captured = _Captured(theirs, asyncio.create_task(_tail(stream, limit)))
-    try:
-        yield captured
-    finally:
-        captured.close()
-        captured._tail.cancel()
-        transport.close()
-
-
-async def _tail(stream: asyncio.StreamReader, limit: int) -> bytes:
-    """The last `limit` bytes of a stream, once it has ended."""
-    kept = bytearray()
-    while chunk := await stream.read(1 << 16):
-        kept += chunk
-        if len(kept) > 2 * limit:
-            del kept[:-limit]
-    return bytes(kept[-limit:])
