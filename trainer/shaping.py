@@ -12,7 +12,7 @@ from polar_mitm_trainer.advantages import group_advantages
 from polar_mitm_trainer.config import LossConfig, TrainConfig
 from polar_mitm_trainer.finished import Outcome
 
-_ENDED = ("completed", "timeout")
+_ENDED = ("completed", "timeout", "failed")  # a harness that exits with an error was judged all the same
 
 
 @dataclass(frozen=True, slots=True)

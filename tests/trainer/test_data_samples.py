@@ -62,24 +62,25 @@ def test_who_is_left_out_does_not_sink_its_group() -> None:
     some = finished(
         rollout("a", "g", 1.0),
         rollout("b", "g", 0.0),
-        rollout("failed", "g", 1.0, status="failed"),
         rollout("stopped", "g", 1.0, status="interrupted"),
         rollout("holes", "g", 1.0, incomplete="a call is missing"),
         rollout("unjudged", "g", None),
         rollout("nan", "g", float("nan")),
         rollout("late", "g", 0.5, status="timeout"),
+        rollout("error", "g", 0.0, status="failed"),
+        rollout("error as well", "g", 1.0, status="failed"),
     )
     samples, account = samples_of(some, PLAIN)
-    assert {r: advantage_of(samples, r) for r in ("a", "b", "late")} == {"a": 0.5, "b": -0.5, "late": 0.0}
+    judged = {"a": 0.5, "b": -0.5, "late": 0.0, "error": -0.5, "error as well": 0.5}
+    assert {r: advantage_of(samples, r) for r in judged} == judged
     assert account.rollouts == {
-        "trained": 3,
-        "failed_rollout": 1,
+        "trained": 5,
         "interrupted_rollout": 1,
         "incomplete_rollout": 1,
         "no_reward": 1,
         "bad_reward": 1,
     }
-    assert account.adds_up and account.left_out["failed_rollout"] > 0
+    assert account.adds_up and account.left_out["interrupted_rollout"] > 0
 
 
 def test_groups_that_teach_nothing_are_dropped_and_counted() -> None:
@@ -87,7 +88,7 @@ def test_groups_that_teach_nothing_are_dropped_and_counted() -> None:
     useless = [
         *[rollout(f"same{n}", "same", 0.25) for n in range(3)],
         rollout("single", "one", 1.0),
-        rollout("other", "one", 1.0, status="failed"),
+        rollout("other", "one", 1.0, status="interrupted"),
         rollout("alone", None, 1.0),
         rollout("unjudged", "none", None),
     ]
@@ -237,7 +238,7 @@ def test_a_malformed_tool_call_is_a_negative_on_its_own_tokens() -> None:
 
 # --- the account ----------------------------------------------------------------------------------------
 
-STATUSES = ["completed", "completed", "completed", "timeout", "failed"]
+STATUSES = ["completed", "completed", "timeout", "failed", "interrupted"]
 ROLES = ["main", "main", "subagent", "auxiliary", "compaction"]
 
 

@@ -32,9 +32,9 @@ NUM_GROUPS = 5
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     useless = [rollout(f"s{n}", "same", 1.0) for n in range(2)]
-    failed = rollout("g1failed", "g1", 1.0, status="failed")
+    stopped = rollout("g1stopped", "g1", 1.0, status="interrupted")
     path = tmp_path_factory.mktemp("steps") / "s.duckdb"
-    return record(path, [*groups(NUM_GROUPS), *useless, failed])
+    return record(path, [*groups(NUM_GROUPS), *useless, stopped])
 
 
 def training_set(reader: object, seed: int = 0, per_step: int = 2) -> TrainingSet:
@@ -72,7 +72,7 @@ def test_an_epoch_is_every_group_once_and_whole(store: Path) -> None:
         assert sizes == {f"g{n}": 5 if n == 1 else 4 for n in range(NUM_GROUPS)}
         assert made.set_aside.groups == {"zero_variance": 1} and made.set_aside.rollouts["zero_variance"] == 2
         total = sum((samples_of(s.rollouts, config())[1] for s in found), made.set_aside)
-        assert total.adds_up and total.rollouts == {"trained": 20, "zero_variance": 2, "failed_rollout": 1}
+        assert total.adds_up and total.rollouts == {"trained": 20, "zero_variance": 2, "interrupted_rollout": 1}
         everything = reader.sql("SELECT sum(num_sampled)::INTEGER AS n FROM calls")["n"][0].as_py()
         assert total.sampled == everything
 
