@@ -3,8 +3,8 @@
     checkpoints/step-12/    config.json model.safetensors tokenizer...   as transformers (or peft) loads it
         trainer/            optimiser.safetensors state.json
 
-A folder is written beside its place, flushed to the disk and renamed, so that it is there whole or not at all.
-`state.json` holds the sizes of all its files: what was cut short in some other way is told, and passed over.
+A folder is written beside its place, flushed to the disk and renamed, so that it is there whole or not at
+all. `state.json` holds the sizes of all files: what was cut short in another way is told, and passed over.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 STATE = Path("trainer/state.json")
 OPTIMISER = Path("trainer/optimiser.safetensors")
@@ -114,7 +114,7 @@ def copy_tokenizer(folder: Path, model: PreTrainedModel) -> None:
     """What an engine needs beside the weights, as it was where `model` came from."""
     for name in _COPIED:
         found = cached_file(
-            model.name_or_path,
+            str(model.name_or_path),
             name,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
@@ -184,7 +184,7 @@ def read_optimiser(folder: Path) -> dict[str, Tensor]:
 
 def random_states() -> dict[str, Any]:
     """Of this process's generators, as JSON takes it."""
-    kind, key, *rest = np.random.get_state()  # noqa: NPY002: the global one, which libraries draw from
+    kind, key, *rest = np.random.get_state()
     assert isinstance(key, np.ndarray)
     gpu = [each.tolist() for each in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
     return {

@@ -1,9 +1,9 @@
-"""One learner on several processes: its weights sharded over them, its micro-batches spread over them (FSDP2).
+"""One learner on several processes: they share its weights (FSDP2) and its micro-batches.
 
     torchrun --nproc-per-node 8 ...
 
-starts them; each makes `Distributed.from_environment()` and hands it to its `Learner`, and all call the learner
-alike, with the same samples. Losses and gradients of ranks add up: samples' weights are those of the whole step.
+starts them; each makes `Distributed.from_environment()`, hands it to its `Learner`, and all call that alike,
+with the same samples. Losses and gradients of ranks add up: samples' weights are those of the whole step.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Distributed:
         return padded[self.rank :: self.size]
 
     def shard(self, root: nn.Module, layers: Sequence[nn.Module], dtype: torch.dtype | None) -> None:
-        """Shard the parameters of `root`, gathered layer by layer as it computes (in `dtype`, else their own).
+        """Shard the parameters of `root`; as it computes, they are gathered by layer, in `dtype` if given.
 
         Their gradients add up over ranks, in float32 where `dtype` is less.
         """

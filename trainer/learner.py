@@ -1,7 +1,7 @@
 """The learner: samples in, one optimiser step, metrics out; and its weights, for an engine or to go on from.
 
 A step is `epochs` passes over its samples, cut into `updates_per_step` parts, each of which makes one update
-of the weights. A part is packed into micro-batches, whose losses are just added, as are those of several ranks.
+of the weights. A part is packed into micro-batches, whose losses add up, as do those of several ranks.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ class Learner:
         return [_Work(b, tuple(samples[n].trajectory_id for n in b.sample_indices)) for b in batches]
 
     def _score_first(self, parts: list[list[_Work]], *, several: bool) -> None:
-        """What is asked before the weights change: the old policy's logprobs for later updates, the reference's."""
+        """Before weights change: the old policy's logprobs, if they are needed, and the reference's."""
         loss = self.config.loss
         old = several and (loss.old_policy == "recomputed" or loss.correction != "none")
         for work in (each for part in parts for each in self._distributed.spread(part)):

@@ -1,8 +1,9 @@
-"""AdamW on float32 weights, whatever precision the policy computes in; its state can be told and taken back."""
+"""AdamW on float32 weights, whatever the policy computes in; its state can be told and taken back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,13 @@ class Optimiser:
             if parameter.dtype.itemsize < 4:
                 self.masters[name] = parameter.detach().float()
                 parameter.register_post_accumulate_grad_hook(_add_to(self.masters[name]))
+        masters = self.masters.values()
+        groups: list[dict[str, Any]] = [
+            {"params": [each for each in masters if each.ndim >= 2]},
+            {"params": [each for each in masters if each.ndim < 2], "weight_decay": 0.0},
+        ]
         self._adamw = torch.optim.AdamW(
-            [
-                {"params": [each for each in self.masters.values() if each.ndim >= 2]},
-                {"params": [each for each in self.masters.values() if each.ndim < 2], "weight_decay": 0.0},
-            ],
+            groups,
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,

@@ -1,4 +1,4 @@
-"""The model that learns: a Hugging Face causal LM, all of it or adapters on it, computing on packed micro-batches."""
+"""The model that learns: a Hugging Face causal LM, all of it or adapters on it, on packed micro-batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ADAPTER = "default"
 
 
 class Policy(nn.Module):
-    """Called with a micro-batch it gives logprobs. Dropout is off, or ratios would not be those of the weights.
+    """Called with a micro-batch, it gives logprobs. Dropout is off: ratios are those of the weights alone.
 
     bfloat16: all of the model computes in it but logits and softmax; adapters are float32. What trains has
     a float32 master (`Optimiser`); sharded, the parameters are those masters.
@@ -55,13 +55,17 @@ class Policy(nn.Module):
         self.config = config
         dtype = getattr(torch, config.dtype)
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(f"{config.model} is an adapter: train on from its merged export, or resume it")
         self.model: PreTrainedModel = model
         self.adapters: PeftModel | None = None
         model.requires_grad_(trains and config.lora is None).eval()
         if trains and config.lora is not None:
             self.adapters = _with_adapters(model, config.lora, seed)
         if trains and config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # The later name is not in all versions of transformers that we run on.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
             for layer in model.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
                     layer.training = True  # of the layer alone, for its dropout has to stay off
@@ -103,7 +107,7 @@ class Policy(nn.Module):
         return {name: each for name, each in self.model.named_parameters() if each.requires_grad}
 
     def merged(self, masters: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The model's weights, whole and on the CPU, by name; adapters added in, from the `masters` of what trains.
+        """The model's weights by name, whole, on the CPU, adapters added in, from the `masters` that train.
 
         Tied weights are one tensor under two names. Where weights are sharded, every rank has to ask.
         """
@@ -120,7 +124,7 @@ class Policy(nn.Module):
                 down = weights.pop(f"{name}.lora_A.{_ADAPTER}.weight")
                 up = weights.pop(f"{name}.lora_B.{_ADAPTER}.weight")
                 delta = up @ down * module.scaling[_ADAPTER]
-                base = weights[f"{name}.base_layer.weight"].float()
+                base = weights[f"{name}.base_layer.weight"]
                 weights[f"{name}.base_layer.weight"] = base + (delta.T if module.fan_in_fan_out else delta)
         return {name.replace(".base_layer.", "."): each for name, each in weights.items()}
 
