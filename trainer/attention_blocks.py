@@ -2,9 +2,9 @@
 
 The softmax of a token goes over its whole path, of which each block is a part. A part comes with the
 logarithm of what it sums to (FlashAttention, arXiv 2205.14135), and by these parts are merged. Backward, a
-block needs nothing of the others but the merged output and logarithm, so the gradients of the blocks just add.
-Nothing is copied per branch: the keys and values of a shared prefix exist once, and all branches behind it are
-one stretch of queries.
+block needs nothing of the others but the merged output and logarithm, so the gradients of the blocks add up.
+Nothing is copied per branch: the keys and values of a shared prefix exist once, and all branches behind it
+are one stretch of queries.
 
 N tokens, H heads of D numbers, G heads of keys and values, of which H is a multiple.
 """
@@ -31,7 +31,7 @@ def block_attention(nodes: Sequence[Node]) -> Callable[[Tensor, Tensor, Tensor, 
     blocks = list(_blocks(nodes))
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        out: Tensor = _Blocks.apply(_dense(query), _dense(key), _dense(value), blocks, scale)
+        out: Tensor = _Blocks.apply(_dense(query), _dense(key), _dense(value), blocks, scale)  # type: ignore[no-untyped-call]
         return out
 
     return attend

@@ -27,7 +27,7 @@ def flex_attention_over(
     mask = block_mask(nodes, device)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        run: Callable[..., Any] = _compiled() if query.is_cuda else flex_attention
+        run: Any = _compiled() if query.is_cuda else flex_attention
         out: Tensor = run(
             query,
             key,
