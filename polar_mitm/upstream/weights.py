@@ -137,9 +137,7 @@ class EngineWeights:
                 raise WeightsError("where its weights came from is not known")
             await self._reload(before)
 
-        updated = await self._swap(version, mode, self._model, check, put, back)
-        self._holds = folder
-        return updated
+        return await self._swap(version, mode, self._model, check, put, back)
 
     async def load_lora(
         self, folder: Path, name: str, version: str, *, check: Check | None = None, mode: Mode = "keep"
@@ -318,6 +316,7 @@ class EngineWeights:
 
     async def _reload(self, folder: Path) -> None:
         await self._rpc("reload_weights", weights_path=str(folder))
+        self._holds = folder
 
     async def _load_adapter(self, name: str, folder: Path) -> None:
         await self._ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
