@@ -16,7 +16,8 @@ class Captured:
         self._kept = bytearray()
         self._ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        # Not `connect_read_pipe`: uvloop's closes the descriptor twice, by then perhaps somebody else's.
+        # Not `connect_read_pipe`: uvloop's closes the descriptor twice, and another thread may have been given
+        # its number in between.
         self._ours, self.fd = os.pipe()
         os.set_blocking(self._ours, False)
         self._loop.add_reader(self._ours, self._read)

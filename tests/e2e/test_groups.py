@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from polar_mitm.cache import default_cache
 from polar_mitm.cli import groups
 from polar_mitm.cli.groups import REWARD, Group, GroupRunner, Harness
 from polar_mitm.cli.hosting import EmbeddedHost, embedded
@@ -30,6 +31,7 @@ from polar_mitm.upstream.probe import probe
 from tests.cli.test_run import ASK
 from tests.e2e.conftest import Cli, until
 from tests.e2e.engines import HarnessEngine, is_probe, told_by_tool
+from tests.sandbox.users import User, kinds
 from tests.support.scripts import Answer, Script, shell_call
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -160,7 +162,7 @@ async def test_a_deadline_keeps_the_partial_trajectory(
         return 0.5 if attempt.workspace.joinpath("begun").is_file() else 0.0
 
     code = f"{ASK}\nopen('begun', 'w').close()\nprint('so far', flush=True)\nimport time; time.sleep(1000)"
-    task = Task("slow", code, reward=half, timeout_s=10)
+    task = Task("slow", code, reward=half, timeout_s=15)
     async with HarnessEngine() as engine, hosted(engine) as host:
         runner = GroupRunner(host, program(sys.executable), timeout_s=1000)
         ((first, second),) = [group.rollouts for group in await all_of(runner, [task], 2)]
@@ -408,3 +410,31 @@ async def test_a_killed_collect_loses_no_committed_record(
     left = [r for r in rollouts.values() if r.status != "completed"]
     assert all(r.status == "interrupted" and r.incomplete for r in left)
     assert before.items() <= {i: rows[0] for i, rows in rewards.items() if rows}.items()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in kinds() if kind == "user"])
+async def test_without_root(kind: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ordinary user's workspaces are removed too, whatever modes the agent left."""
+    monkeypatch.setattr(tempfile, "tempdir", None)  # a directory that this user may enter
+    user = User(kind, "", Path())
+    with user.directory() as home:
+        tasks, recipe, store = home / "tasks.py", home / "sh.toml", home / "new.duckdb"
+        recipe.write_text('[run]\nprogram = "sh"\nargv = ["-c", "{prompt}"]\n')
+        tasks.write_text(
+            "from polar_mitm.tasks import Task\n"
+            "def tasks(split, seed): yield Task('t', 'mkdir -p a/b; touch a/x; chmod 0 a/b a', {}, judge)\n"
+            "def judge(attempt): return len(list(attempt.workspace.iterdir())) + attempt.exit_code\n"
+        )
+        for path in (tasks, recipe):
+            path.chmod(0o644)
+        cli.become = user.become()
+        cli.env |= {"HOME": str(home), "POLAR_MITM_CACHE": str(default_cache()), "TMPDIR": str(home)}
+        async with HarnessEngine() as engine:
+            done = await cli(
+                *("collect", "--store", store, "--engine", engine.url, "--harness", recipe),
+                *("--tasks", tasks, "--group-size", "2", "--json"),
+            )
+        assert done.code == 0 and done.json()["groups"][0]["rewards"] == [1.0, 1.0], done.err
+        assert sorted(path.name for path in home.iterdir() if path.suffix != ".pyc") == [
+            "new.duckdb", "sh.toml", "tasks.py",
+        ]  # fmt: skip
