@@ -16,8 +16,8 @@ class Captured:
         self._kept = bytearray()
         self._ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        # Not `connect_read_pipe`: uvloop's closes the descriptor twice, and another thread may have been given
-        # its number in between.
+        # Not `connect_read_pipe`: uvloop's closes the descriptor twice; another thread may have its number
+        # by then.
         self._ours, self.fd = os.pipe()
         os.set_blocking(self._ours, False)
         self._loop.add_reader(self._ours, self._read)
