@@ -72,7 +72,11 @@ def test_an_epoch_is_every_group_once_and_whole(store: Path) -> None:
         assert sizes == {f"g{n}": 5 if n == 1 else 4 for n in range(NUM_GROUPS)}
         assert made.set_aside.groups == {"zero_variance": 1} and made.set_aside.rollouts["zero_variance"] == 2
         total = sum((samples_of(s.rollouts, config())[1] for s in found), made.set_aside)
-        assert total.adds_up and total.rollouts == {"trained": 20, "zero_variance": 2, "interrupted_rollout": 1}
+        assert total.adds_up and total.rollouts == {
+            "trained": 20,
+            "zero_variance": 2,
+            "interrupted_rollout": 1,
+        }
         everything = reader.sql("SELECT sum(num_sampled)::INTEGER AS n FROM calls")["n"][0].as_py()
         assert total.sampled == everything
 
