@@ -53,7 +53,10 @@ def use_forest_attention(model: nn.Module, kind: Literal["auto", "blocks", "flex
     if odd:
         told = ", ".join(sorted(odd))
         raise ValueError(f"{config.model_type}: packed sequences cannot be trained through {told}")
-    inner.set_attn_implementation("polar_forest_flex" if kind == "flex" else "polar_forest_blocks")
+    name = "polar_forest_flex" if kind == "flex" else "polar_forest_blocks"
+    inner.set_attn_implementation(name)
+    if config._attn_implementation != name:
+        raise ValueError(f"{config.model_type}: an attention of its own, which cannot be replaced")
 
 
 def hidden_states(model: nn.Module, batch: MicroBatch) -> Tensor:

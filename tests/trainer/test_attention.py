@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    BloomConfig,
     DeepseekV3Config,
-    FalconConfig,
     Gemma2Config,
     GPT2Config,
     GptOssConfig,
@@ -206,7 +206,7 @@ def refused(config: PreTrainedConfig, why: str, *, train: bool = False) -> None:
         (Qwen2Config(**SHAPE, rope_parameters=ROPE), "beyond 64"),
         (Llama4TextConfig(**SHAPE, num_local_experts=2), "chunked_attention"),
         (Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]), "conv"),
-        (FalconConfig(**SHAPE), "0 of 2 layers"),
+        (BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4), "of its own"),
     ],
     ids=lambda each: each.model_type if isinstance(each, PreTrainedConfig) else "",
 )  # fmt: skip
@@ -257,3 +257,12 @@ def test_a_model_is_not_used_half_prepared() -> None:
         net(input_ids=batch.token_ids[None])
     with pytest.raises(ValueError, match="no Hugging Face model"):
         use_forest_attention(torch.nn.Linear(2, 2))
+
+
+def test_a_layer_that_mixes_tokens_itself_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = FOREST["llama"]
+    (batch,) = pack(TURNS, max_tokens=1000, tree=True)
+    itself = net.model.layers[1].self_attn
+    monkeypatch.setattr(itself, "forward", lambda hidden_states, **_: (hidden_states.cumsum(1), None))
+    with pytest.raises(ValueError, match="1 of 2 layers"):
+        hidden_states(net, batch)
