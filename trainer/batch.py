@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from polar_mitm.dialects.ids import new_id
 from polar_mitm.store import open_reader
 from polar_mitm_trainer import checkpoint, reporting
@@ -108,6 +110,7 @@ class BatchRun:
         Raises:
             BadStepError: a step that was refused; the checkpoint is of the one before.
         """
+        disable_progress_bar()  # those of loading and saving; ours is `on_step`
         job = self._job
         with open_reader(job.store) as reader:
             snapshot = self._snapshot(reader)

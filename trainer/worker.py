@@ -222,8 +222,11 @@ def _socket(folder: Path, rank: int) -> Path:
 
 def main(folder: Path, device: str) -> None:
     """Do what comes over this rank's socket until it is stopped, or nobody is there any more."""
+    from transformers.utils.logging import disable_progress_bar
+
     from polar_mitm_trainer.distributed import Distributed
 
+    disable_progress_bar()
     distributed = Distributed.from_environment(device)
     key = (folder / "key").read_bytes()
     with Listener(str(_socket(folder, distributed.rank)), "AF_UNIX", authkey=key) as listener:

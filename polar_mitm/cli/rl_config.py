@@ -121,6 +121,7 @@ class RlConfig(_Part):
 
     @model_validator(mode="after")
     def _sense(self) -> RlConfig:
+        check_loss(self.loss)
         if self.loss.name == "sft":
             raise ValueError("loss.name: sft is for recorded rollouts (`polar-mitm sft`)")
         if self.loss.max_staleness is not None:
@@ -160,6 +161,16 @@ class RlConfig(_Part):
             reference=self.reference,
             seed=self.seed,
         )
+
+
+def check_loss(loss: LossConfig) -> None:
+    """Raises ValueError where a loss lacks what it needs."""
+    from polar_mitm_trainer.loss_defaults import resolve
+
+    if resolve(loss).aggregation == "constant" and loss.constant is None:
+        raise ValueError(f"loss.constant: {loss.name} divides by a length; give one, such as 1024")
+    if loss.overlong == "shape" and None in (loss.overlong_length, loss.overlong_buffer):
+        raise ValueError("loss.overlong: shape needs overlong_length and overlong_buffer")
 
 
 def load_toml(path: Path) -> dict[str, Any]:

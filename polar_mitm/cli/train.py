@@ -182,7 +182,7 @@ def need_torch() -> None:
 
 
 def _config(file: Path | None, model: str | None, seed: int | None, loss: dict[str, Any]) -> Any:
-    from polar_mitm.cli.rl_config import load_toml, validated
+    from polar_mitm.cli.rl_config import check_loss, load_toml, validated
     from polar_mitm_trainer.config import TrainConfig
 
     given = load_toml(file) if file else {}
@@ -193,7 +193,12 @@ def _config(file: Path | None, model: str | None, seed: int | None, loss: dict[s
     if seed is not None:
         given["seed"] = seed
     given["loss"] = {**given.get("loss", {}), **loss}
-    return validated(TrainConfig, given, file or "options")
+    told = validated(TrainConfig, given, file or "options")
+    try:
+        check_loss(told.loss)
+    except ValueError as error:
+        fail(str(error))
+    return told
 
 
 def _run(job: dict[str, Any], config: Any, json: bool) -> None:

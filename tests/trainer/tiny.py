@@ -14,21 +14,21 @@ from tests.trainer.stores import Recorded, groups, record
 VOCABULARY = 512
 
 
-def tiny_model(folder: Path, *, seed: int = 0) -> Path:
+def tiny_model(folder: Path, *, seed: int = 0, vocabulary: int = VOCABULARY, tied: bool = True) -> Path:
     """A Hugging Face folder."""
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    words = {f"w{n}": n for n in range(VOCABULARY)}
+    words = {f"w{n}": n for n in range(vocabulary)}
     tokens = Tokenizer(models.WordLevel(words, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="w1", pad_token="w0").save_pretrained(folder)
     return folder

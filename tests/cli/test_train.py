@@ -1,0 +1,151 @@
+"""`polar-mitm train` and `sft`: what people and machines are told, Ctrl-C, refusals, several ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from polar_mitm.store import open_reader
+from tests.cli.conftest import POLAR_MITM, Polar, finish, launch
+from tests.trainer.stores import groups, record
+from tests.trainer.tiny import tiny_model, tiny_store
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(2)
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def store(tmp_path: Path, model: Path) -> Path:
+    """Without trajectories yet."""
+    return tiny_store(tmp_path / "runs.duckdb", model, built=False)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "train.toml"
+    path.write_text("[optimiser]\nlr = 0.01\n")
+    return path
+
+
+def test_from_a_capture_to_a_checkpoint(
+    polar: Polar, store: Path, model: Path, config: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = ["train", "-s", store, "-m", model, "-c", config, "--groups-per-step", 2, "--out"]
+    told = polar(*command, out)
+    assert told.code == 0, told.err
+    assert "writing the trajectories of 12 rollouts" in told.err
+    assert "step 2/2  reward 0.500" in told.err
+    assert told.out.splitlines()[-1] == str(out / "checkpoints" / "step-2")
+    with open_reader(store) as reader:
+        assert reader.sql("FROM trajectories").num_rows > 12
+    document = polar(*command, tmp_path / "again", "--json", "--loss", "dapo").json
+    assert document["steps"] == 2 and document["metrics"]["train/num_updates"] == 1
+    assert (document["num_groups"], document["stopped"]) == (3, False)
+    again = polar(*command, out)
+    assert again.code == 2 and "--resume goes on with it" in again.err
+    more = polar(*command, out, "--resume", "--epochs", 2, "--json")
+    assert more.code == 0 and more.json["steps"] == 4
+
+
+def test_sft(polar: Polar, store: Path, model: Path, config: Path, tmp_path: Path) -> None:
+    command = ["sft", "-s", store, "-m", model, "-c", config, "--out", tmp_path / "out", "--json"]
+    told = polar(*command, "--min-reward", "0.5", "--steps", "1")
+    assert told.code == 0, told.err
+    assert told.json["metrics"]["rollouts/rejected"] == 6
+    told = polar(*command[:-2], tmp_path / "none", "--min-reward", "7")
+    assert told.code == 2 and "nothing to learn" in told.err and "12 rejected" in told.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--query", "SELECT 1 AS trajectory_id WHERE false"], "selects no trajectory"),
+        (["--query", "SELECT nothing"], "the query cannot be run"),
+        (["--query", "few"], "no training set 'few'"),
+        (["--resume"], "is no snapshot"),
+        (["--loss", "ppo"], "loss.name: Input should be 'grpo'"),
+        (["--loss", "dr_grpo"], "dr_grpo divides by a length; give one"),
+    ],
+)
+def test_what_is_refused(
+    polar: Polar, store: Path, model: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    told = polar("train", "-s", store, "-m", model, "--out", tmp_path / "out", *options)
+    assert told.code == 2 and message in " ".join(told.err.split()), told.err
+
+
+def test_no_model_and_none_like_it(polar: Polar, store: Path, tmp_path: Path) -> None:
+    command = ["train", "-s", store, "--out", tmp_path / "out"]
+    assert "say what to train" in polar(*command).err
+    told = polar(*command, "-m", tmp_path / "nothing")
+    assert told.code == 4 and "nothing" in told.err
+
+
+def test_another_tokenizer(polar: Polar, model: Path, tmp_path: Path) -> None:
+    store = record(tmp_path / "other.duckdb", groups())
+    told = polar("train", "-s", store, "-m", model, "--out", tmp_path / "out")
+    assert told.code == 2 and "cannot be trained on" in told.err and "tokenizer" in told.err
+
+
+def test_no_torch(polar: Polar, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polar_mitm.cli.train.find_spec", lambda name: None)
+    told = polar("train", "-s", store, "-m", "m", "--out", "o", "--json")
+    assert told.code == 4 and "pip install 'polar-mitm[train]'" in told.json["error"]
+
+
+def test_ctrl_c_and_resume_give_the_same_weights(
+    polar: Polar, store: Path, model: Path, config: Path, tmp_path: Path
+) -> None:
+    command = ["train", "-s", store, "-m", model, "-c", config, "--groups-per-step", 1, "--out"]
+    process = launch(*command, tmp_path / "out", "--epochs", 10_000)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    while not metrics.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    told = finish(process)
+    assert told.code == 130 and "stopping after this step" in told.err
+    (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
+    done = int(checkpoint.name.removeprefix("step-"))
+    assert json.loads(metrics.read_text().splitlines()[-1])["step"] == done
+    total = ["--steps", done + 2, "--json"]
+    resumed = polar(*command, tmp_path / "out", "--resume", *total).json
+    straight = polar(*command, tmp_path / "straight", *total).json
+    assert resumed["steps"] == straight["steps"] == done + 2
+    ours, theirs = (load_file(Path(d["checkpoint"]) / "model.safetensors") for d in (resumed, straight))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def test_on_two_ranks(store: Path, model: Path, config: Path, tmp_path: Path, polar: Polar) -> None:
+    options = ["train", "-s", store, "-m", model, "-c", config, "--groups-per-step", 3, "--json", "--out"]
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", POLAR_MITM]
+    done = subprocess.run(
+        list(map(str, [sys.executable, *many, *options, tmp_path / "two"])),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)  # one document: the first rank's
+    one = polar(*options, tmp_path / "one").json
+    assert two["steps"] == one["steps"] == 1
+    for name in ("train/loss", "train/grad_norm"):
+        assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-4, abs=1e-6)
+    ours, theirs = (load_file(Path(d["checkpoint"]) / "model.safetensors") for d in (two, one))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
