@@ -155,9 +155,7 @@ class BatchRun:
 
     def _resumed(self, learner: Learner) -> Position:
         folder = checkpoint.latest(self._job.out / "checkpoints")
-        if folder is None:
-            raise DataError(f"{self._job.out} has no checkpoint to go on from")
-        return Position(**learner.resume(folder))
+        return Position() if folder is None else Position(**learner.resume(folder))
 
     @contextmanager
     def _recorded(

@@ -102,6 +102,10 @@ class Worker:
         """Write the weights, or the adapter alone, as a Hugging Face or peft folder for an engine."""
         self._ask("export", folder, adapter)
 
+    def share(self) -> list[dict[str, Any]]:
+        """The weights in GPU memory, for `EngineWeights.transfer`; they stay there until the next step."""
+        return list(self._ask("share"))
+
     def save(self, folder: Path, position: dict[str, Any], keep_last: int) -> None:
         """Write a checkpoint, whole or not at all; then remove all but the last ones beside it."""
         self._ask("save", folder, position, keep_last)
@@ -198,6 +202,12 @@ class _Server:
 
     def export(self, folder: Path, adapter: bool) -> None:
         (self.learner.export_adapter if adapter else self.learner.export)(folder)
+
+    def share(self) -> list[dict[str, Any]]:
+        from polar_mitm_trainer.transfer import shared
+
+        self._shared = list(shared(self.learner.policy.model.state_dict().items()))
+        return [info for info, _ in self._shared]
 
     def save(self, folder: Path, position: dict[str, Any], keep_last: int) -> None:
         from polar_mitm_trainer.checkpoint import prune

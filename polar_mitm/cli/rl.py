@@ -119,7 +119,8 @@ def _begin(config: RlConfig, worker: Worker, resume: bool) -> History:
         return History()
     position = worker.resume(config.out / "checkpoints")
     if position is None:
-        fail(f"--resume: {config.out} has no checkpoint")
+        say(f"{config.out} has no checkpoint yet: beginning anew", style="yellow")
+        return History()
     version = worker.version()
     say(f"going on after step {position['iteration']}, with step-{version}")
     return History(**position, version=version, saved=version)
@@ -139,17 +140,18 @@ def _engine(config: RlConfig, worker: Worker) -> Iterator[tuple[str, str]]:
     lora = config.policy.lora
     model = config.policy.model
     if lora is None:  # as the learner has it: an engine cannot take new weights with tied embeddings
-        folder = (config.out / "weights" / Path(config.policy.model).name).absolute()
+        folder = (config.out / "weights" / "initial" / Path(config.policy.model).name).absolute()
         worker.export(folder)
         model = str(folder)
     with progress() as step:
         state = engine.up(
             model=model,
-            dtype=told.dtype,
+            dtype=config.engine_dtype,
             max_model_len=told.max_model_len,
             tool_call_parser=told.tool_call_parser,
             dev=True,
             lora=lora.rank if lora else 0,
+            transfer=config.sync.via == "transfer",
             extra=told.extra,
             on_step=step,
         )
@@ -188,7 +190,8 @@ async def _run(
         ):
             tolerance = config.tolerance if config.sync.verify else None
             folder = (config.out / "weights").absolute()
-            sync = Sync(weights, worker, folder, adapter=adapter, tolerance=tolerance)
+            via = "adapter" if adapter else config.sync.via
+            sync = Sync(weights, worker, folder, via=via, tolerance=tolerance)
             await RlLoop(
                 config,
                 history,

@@ -29,7 +29,7 @@ class EngineConfig(_Part):
 
     model: str | None = None
     url: str | None = None
-    dtype: str | None = "float32"  # as the learner's, so that both agree to rounding
+    dtype: str | None = None  # as the learner's, so that both agree to rounding
     max_model_len: int | None = Field(default=None, ge=1)
     tool_call_parser: str = "hermes"
     extra: tuple[str, ...] = ()  # further options for vLLM
@@ -68,6 +68,7 @@ class SyncConfig(_Part):
     mode: Literal["on_policy", "async"] = "on_policy"
     max_staleness: int = Field(default=1, ge=0)
     every: int = Field(default=1, ge=1)  # steps between updates of the engine
+    via: Literal["folder", "transfer"] = "folder"  # "transfer": out of the learner's GPU memory, on its GPU
     verify: bool = True  # the engine's logprobs against the learner's, after each update
     tolerance: float | None = Field(default=None, gt=0)  # nats; 0.005 in float32, else 0.3
 
@@ -116,7 +117,10 @@ class RlConfig(_Part):
         """The learner begins with the engine's model unless it is told another."""
         match given:
             case {"engine": {"model": str(model)}}:
-                return {**given, "policy": {"model": model, **given.get("policy", {})}}
+                policy = given.get("policy", {})
+                if isinstance(policy, dict) and policy.get("model", model) != model:
+                    raise ValueError("engine.model and policy.model differ: a run begins with one model")
+                return {**given, "policy": {"model": model, **policy}}
         return given
 
     @model_validator(mode="after")
@@ -126,6 +130,8 @@ class RlConfig(_Part):
             raise ValueError("loss.name: sft is for recorded rollouts (`polar-mitm sft`)")
         if self.loss.max_staleness is not None:
             raise ValueError("loss.max_staleness: sync.max_staleness is what bounds it here")
+        if self.sync.via == "transfer" and (self.policy.lora or self.num_processes > 1):
+            raise ValueError("sync.via: transfer is for all weights of a learner in one process")
         if self.rollouts.group_size < 2:
             raise ValueError(
                 "rollouts.group_size: a group of one has nothing to be compared with; give 2 or more"
@@ -146,7 +152,12 @@ class RlConfig(_Part):
         """Nats by which engine and learner may differ on the same weights."""
         if self.sync.tolerance is not None:
             return self.sync.tolerance
-        return 0.005 if self.policy.dtype == "float32" == self.engine.dtype else 0.3
+        return 0.005 if self.policy.dtype == "float32" == self.engine_dtype else 0.3
+
+    @property
+    def engine_dtype(self) -> str:
+        """Of the engine's weights."""
+        return self.engine.dtype or str(self.policy.dtype)
 
     @property
     def train(self) -> TrainConfig:

@@ -164,14 +164,8 @@ class RlLoop:
                     metrics["sync/difference"] = updated.difference
         finally:  # a step that the engine did not get was a step all the same
             metrics |= {"time/train": learned - began, "time/sync": time.monotonic() - learned}
-            self._db.step(
-                history.iteration,
-                step_rows(samples),
-                metrics,
-                policy_version=history.policy_version,
-                started_at=time.time() - rollout_s - (time.monotonic() - began),
-            )
-            self._board.add(history.iteration, metrics)
+            begun_at = time.time() - rollout_s - (time.monotonic() - began)
+            await _whole(asyncio.to_thread(self._record, samples, metrics, begun_at))
         say(self._line(metrics, account, len(groups)))
         every = self._config.checkpoint.every
         if every and history.iteration % every == 0:
@@ -197,6 +191,17 @@ class RlLoop:
         history.iteration += 1
         history.groups += len(groups)
         return samples, account
+
+    def _record(self, samples: list[Sample], metrics: dict[str, float], begun_at: float) -> None:
+        history = self._history
+        self._db.step(
+            history.iteration,
+            step_rows(samples),
+            metrics,
+            policy_version=history.policy_version,
+            started_at=begun_at,
+        )
+        self._board.add(history.iteration, metrics)
 
     def _line(self, metrics: dict[str, float], account: Account, num_groups: int) -> str:
         mismatch = metrics.get("train/mismatch_abs")
