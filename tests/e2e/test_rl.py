@@ -26,7 +26,7 @@ from tests.support.record_fixtures import POLAR_MITM
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
-STEPS, GROUP_SIZE, GROUPS, HELD_OUT = 14, 8, 4, 64
+STEPS, GROUP_SIZE, GROUPS, HELD_OUT = 10, 8, 4, 48
 ROUNDING = 1e-3  # nats; float32 on both sides
 CONFIG = """
 name = "short"
@@ -45,7 +45,7 @@ groups_per_step = {groups}
 max_tokens = 96
 
 [optimiser]
-lr = 1e-4
+lr = 3e-4
 warmup_steps = 2
 
 [evaluation]
