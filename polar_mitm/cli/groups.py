@@ -176,7 +176,8 @@ class GroupRunner:
         """Every task's group, as they end; only as far ahead of who takes them as `max_groups` allows.
 
         Args:
-            tasks: in this order, maybe endless; the next one is asked for when there is room for it.
+            tasks: in this order, maybe endless; the next one is asked for when there is room for it. Where
+                there is none for now, it is asked for again when the next group is.
             max_groups: begun and not yet taken, at most; what keeps all harnesses busy by default.
 
         Raises:

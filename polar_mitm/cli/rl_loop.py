@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -26,7 +26,7 @@ from polar_mitm.cli.output import say
 from polar_mitm.cli.rl_config import RlConfig
 from polar_mitm.cli.rl_read import finished
 from polar_mitm.cli.rl_sync import Sync
-from polar_mitm.errors import SetupError
+from polar_mitm.errors import EngineUnfit, SetupError
 from polar_mitm.tasks import Task, load_tasks
 from polar_mitm_trainer.account import Account, NothingToLearn
 from polar_mitm_trainer.fanout import samples_of
@@ -94,7 +94,8 @@ class RlLoop:
 
         Raises:
             WeightsError: the engine refused an update.
-            SetupError: the learner has ended, or refused a step.
+            EngineUnfit: it answers no more.
+            SetupError: the learner has ended, or refused a step; or nothing is judged.
             TaskError: the tasks cannot be made.
         """
         config, history = self._config, self._history
@@ -128,8 +129,10 @@ class RlLoop:
                     taken = [group async for group in groups]
                 yield taken, time.monotonic() - began
             return
-        most = per_step * (config.sync.max_staleness + 1)
-        async with aclosing(self._runner.run(tasks, size, max_groups=most)) as groups:  # type: ignore[type-var]
+        first, ahead = history.iteration, 1 + config.sync.max_staleness
+        source = _Rationed(tasks, lambda: (min(history.iteration + ahead, config.steps) - first) * per_step)
+        run = self._runner.run(source, size, max_groups=ahead * per_step)
+        async with aclosing(run) as groups:  # type: ignore[type-var]
             while history.iteration < config.steps:
                 began, taken = time.monotonic(), []
                 async for group in groups:
@@ -149,10 +152,13 @@ class RlLoop:
 
     async def _step(self, groups: Sequence[Group], rollout_s: float) -> None:
         """Learn from groups, and bring the engine to the new weights."""
-        rewards = [reward for group in groups for reward in group.rewards]
+        rollouts = [each for group in groups for each in group.rollouts]
+        rewards = [each.reward for each in rollouts if each.reward is not None]
         if not rewards:
-            why = next((each.no_reward for group in groups for each in group.rollouts), "there are none")
+            why = next((each.no_reward for each in rollouts), "there are none")
             raise SetupError(f"no rollout of a whole step was judged: {why}")
+        if not any(each.sampled_tokens for each in rollouts):
+            raise EngineUnfit("the engine answered no rollout of a whole step; its log may say why")
         history, began = self._history, time.monotonic()
         metrics = {"reward/mean": fmean(rewards), "time/rollouts": rollout_s}
         samples, account = await _whole(self._learn(groups, metrics))
@@ -261,6 +267,22 @@ class RlLoop:
             await self._save()
         except SetupError as error:
             say(f"no last checkpoint: {str(error).splitlines()[0]}", style="yellow")
+
+
+class _Rationed(Iterator[Task]):
+    """Tasks, as long as fewer than `allowed()` were given: none for now, then more, as that rises.
+
+    A group that is begun under the weights of step n is then one of the first (n + 1 + staleness) steps'.
+    """
+
+    def __init__(self, tasks: Iterator[Task], allowed: Callable[[], int]) -> None:
+        self._tasks, self._allowed, self._num_given = tasks, allowed, 0
+
+    def __next__(self) -> Task:
+        if self._num_given >= self._allowed():
+            raise StopIteration
+        self._num_given += 1
+        return next(self._tasks)
 
 
 async def _whole(work: Coroutine[Any, Any, T]) -> T:

@@ -64,6 +64,21 @@ def test_as_in_this_process(
     assert (tmp_path / "exported/model.safetensors").exists()
 
 
+def test_on_two_ranks(config: TrainConfig, samples: list[Sample], tmp_path: Path) -> None:
+    with Worker(config, tmp_path / "worker.log", num_processes=2) as two:
+        metrics = two.step(samples)
+        two.save(tmp_path / "checkpoints/step-1", {"groups": 1}, keep_last=1)
+        assert two.resume(tmp_path / "checkpoints") == {"groups": 1} and two.version() == 1
+        with pytest.raises(Refused):
+            two.step([])
+        scores = two.logprobs(samples)
+    learner = Learner(config)
+    expected = learner.step(samples)
+    for name in ("loss", "grad_norm", "entropy"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
+    assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(scores, learner.logprobs(samples), strict=True))
+
+
 def test_what_it_refuses_it_survives(worker: Worker, samples: list[Sample], tmp_path: Path) -> None:
     with pytest.raises(Refused, match="no sample has a token that trains"):
         worker.step([])
