@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
+from polar_mitm.upstream.engine import step_of
 from polar_mitm_trainer.account import Account, NothingToLearn, Splitting
 from polar_mitm_trainer.config import TrainConfig
 from polar_mitm_trainer.finished import Finished, Span
 from polar_mitm_trainer.loss_defaults import resolve
 from polar_mitm_trainer.samples import Sample, weigh
 from polar_mitm_trainer.shaping import Judge, by_group, judge
-
-_STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 
 
 def samples_of(
@@ -114,8 +112,7 @@ def _stale(span: Span, max_staleness: int | None, current_step: int | None) -> s
     if max_staleness is None or current_step is None:
         return None
     versions = [span.policy_version, span.policy_version_last or span.policy_version]
-    matches = [_STEP.fullmatch(version or "") for version in versions]
-    steps = [int(match[1]) for match in matches if match]
+    steps = [step for step in map(step_of, versions) if step is not None]
     if len(steps) < len(versions) or max(steps) > current_step:
         return "other_version"
     return "stale" if current_step - min(steps) > max_staleness else None
