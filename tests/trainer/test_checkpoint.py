@@ -85,6 +85,7 @@ def checkpoints(model: Path, samples: list[Sample], tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
 
 
+@pytest.mark.timeout(600)  # starts a process that imports torch
 def test_a_resumed_run_ends_where_the_straight_one_does(model: Path, tmp_path: Path) -> None:
     """In a new process: weights, metrics, what generators draw, and where the data went on."""
     expected = {}

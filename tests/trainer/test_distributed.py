@@ -19,6 +19,7 @@ from polar_mitm_trainer.learner import BadStepError, Learner
 from tests.trainer.policies import config_for, policy_folder, samples_for
 from tests.trainer.test_learner import with_value
 
+pytestmark = pytest.mark.timeout(600)  # starts processes that import torch
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"loss": {"kl_coefficient": 0.1, "old_policy": "recomputed"}},
     "lora": {"policy": {"lora": {"rank": 4}}, "loss": {"kl_coefficient": 0.1}},
