@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -26,11 +25,12 @@ if TYPE_CHECKING:
     from polar_mitm.cli.rl_loop import History
     from polar_mitm.config import Settings
     from polar_mitm.upstream.engine import EngineInfo
+    from polar_mitm_trainer.reporting import Board
     from polar_mitm_trainer.rundb import RunDB
     from polar_mitm_trainer.worker import Worker
 
 EXAMPLES = "$ polar-mitm rl fixtures/rl/pi.toml\n\n$ polar-mitm rl run.toml --resume"
-STORE, DONE = "rollouts.duckdb", "done"
+STORE = "rollouts.duckdb"
 
 
 def rl(
@@ -67,8 +67,8 @@ def rl(
         worker = Worker(told.train, told.out / "worker.log", num_processes=told.num_processes)
     with worker:
         history = _begin(told, worker, resume)
-        with _engine(told, worker) as (url, model):
-            info = probed(url, model)
+        with _engine(told, worker) as url:
+            info = probed(url)
             if not info.weight_version:
                 fail(
                     f"the engine at {url} takes no new weights: start it with VLLM_SERVER_DEV_MODE=1", ENGINE
@@ -127,11 +127,11 @@ def _begin(config: RlConfig, worker: Worker, resume: bool) -> History:
 
 
 @contextmanager
-def _engine(config: RlConfig, worker: Worker) -> Iterator[tuple[str, str]]:
-    """The URL of the engine, and the name of its model that rollouts use or are based on."""
+def _engine(config: RlConfig, worker: Worker) -> Iterator[str]:
+    """The URL of the engine, which is started and stopped with the run unless it is somebody's own."""
     told: EngineConfig = config.engine
     if told.url is not None:
-        yield engine_url(told.url), ""
+        yield engine_url(told.url)
         return
     from polar_mitm import engine
 
@@ -156,7 +156,7 @@ def _engine(config: RlConfig, worker: Worker) -> Iterator[tuple[str, str]]:
             on_step=step,
         )
     try:
-        yield state.url, ""
+        yield state.url
     finally:
         if not told.keep:
             engine.down()
@@ -185,7 +185,7 @@ async def _run(
         async with (
             EngineWeights(info.url, info.model, told=changed) as weights,
             GroupRunner(host, harness, concurrency=told.concurrency, timeout_s=told.timeout_s) as runner,
-            _recorded(config, history, resume) as recorded,
+            _recorded(config, history, resume) as (db, board),
             _counting(host, config, history),
         ):
             tolerance = config.tolerance if config.sync.verify else None
@@ -199,19 +199,13 @@ async def _run(
                 runner=runner,
                 worker=worker,
                 sync=sync,
-                db=recorded.db,
-                board=recorded.board,
+                db=db,
+                board=board,
             ).run()
 
 
-@dataclass
-class _Recorded:
-    db: RunDB
-    board: Any
-
-
 @asynccontextmanager
-async def _recorded(config: RlConfig, history: History, resume: bool) -> AsyncIterator[_Recorded]:
+async def _recorded(config: RlConfig, history: History, resume: bool) -> AsyncIterator[tuple[RunDB, Board]]:
     """The run's database and board; how it ended is in them afterwards, and the curves are drawn."""
     from polar_mitm_trainer.reporting import Board, draw
     from polar_mitm_trainer.rundb import RunDB
@@ -223,8 +217,8 @@ async def _recorded(config: RlConfig, history: History, resume: bool) -> AsyncIt
     board = Board(config.out / "tensorboard")
     status = "failed"
     try:
-        yield _Recorded(db, board)
-        status = DONE
+        yield db, board
+        status = "done"
     except asyncio.CancelledError:
         status = "stopped"
         raise
