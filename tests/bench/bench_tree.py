@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=8_192)
     parser.add_argument("--group", type=int, default=16)
     parser.add_argument("--answer", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=2, help="updates per side, of which the first warms up")
+    parser.add_argument(
+        "--steps", type=int, default=1, help="updates per side; of several the first only warms up"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--skip-trl", action="store_true", help="it takes most of the time")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")

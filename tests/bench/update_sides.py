@@ -3,7 +3,7 @@
     python -m tests.bench.update_sides SPEC.json
 
 makes the updates of a `tests.bench.updates.Spec` and prints one JSON object: seconds of the clock and of
-the processor, of the fastest update but the first; the peak of resident memory above what was resident
+the processor, of the fastest update after the first; the peak of resident memory above what was resident
 before the first one (the model, but neither gradients nor the optimiser's state); loss and gradient norm
 of the first, by which sides are compared. Both are given the same weights, samples, loss and optimiser.
 """
@@ -46,7 +46,7 @@ class Meter:
         self._laps.append((time.perf_counter() - self._began[0], time.process_time() - self._began[1]))
 
     def result(self, loss: float, grad_norm: float) -> dict[str, float]:
-        wall, cpu = (min(each) for each in zip(*self._laps[1:], strict=True))
+        wall, cpu = (min(each) for each in zip(*(self._laps[1:] or self._laps), strict=True))
         peak = _memory("VmHWM") - self._resident
         return {"seconds": wall, "cpu_seconds": cpu, "peak_bytes": peak, "loss": loss, "grad_norm": grad_norm}
 
