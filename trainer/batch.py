@@ -196,7 +196,7 @@ class BatchRun:
         board: reporting.Board | None,
         on_step: Callable[[StepDone], None],
     ) -> Summary:
-        job, skipped = self._job, 0
+        job, skipped, in_a_row = self._job, 0, 0
         folder = job.out / "checkpoints"
         total = job.num_steps
         if total is None:
@@ -211,8 +211,11 @@ class BatchRun:
                 try:
                     samples, account = samples_of(step.rollouts, job.config, judge=job.judge)
                 except NothingToLearn:
-                    skipped, position = skipped + 1, step.after
+                    skipped, in_a_row, position = skipped + 1, in_a_row + 1, step.after
+                    if in_a_row == training_set.steps_per_epoch:
+                        raise  # neither will the next epoch teach anything
                     continue
+                in_a_row = 0
                 found = learner.step(samples)
                 position = step.after
                 rewards = [r.outcome.reward for r in step.rollouts if r.outcome.reward is not None]

@@ -3,8 +3,8 @@
     python -m tests.bench.bench_learning --out DIR [--harness pi] [--harness codex] [--seeds 3] [--png FILE]
 
 Each run is that of `fixtures/rl/HARNESS.toml` with another seed, one after the other, on an engine of its
-own; a run that is in DIR already is not done again. Told per run: the reward on held-out tasks before and after,
-with its standard error, minutes, and the largest difference between engine and learner on the same weights.
+own; a run that is in DIR already is not done again. Told per run: the reward on held-out tasks before and
+after, with its standard error, minutes, and the largest difference between engine and learner.
 """
 
 from __future__ import annotations

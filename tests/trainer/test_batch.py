@@ -161,6 +161,16 @@ def test_nothing_to_learn(job: BatchJob, model: Path, tmp_path: Path) -> None:
         BatchRun(replace(job, store=store)).run()
 
 
+def test_an_epoch_that_teaches_nothing_is_the_last(job: BatchJob, model: Path, tmp_path: Path) -> None:
+    """However many steps were asked for: what was cut off, all of it, is masked."""
+    late = [rollout(f"r{n}", "g", float(n), status="timeout") for n in range(3)]
+    store = tiny_store(tmp_path / "late.duckdb", model, late)
+    loss = job.config.loss.model_copy(update={"overlong": "mask"})
+    config = job.config.model_copy(update={"loss": loss})
+    with pytest.raises(NothingToLearn):
+        BatchRun(replace(job, store=store, config=config, num_steps=5)).run()
+
+
 def test_another_tokenizer_is_refused_with_the_count(job: BatchJob, tmp_path: Path) -> None:
     store = record(tmp_path / "other.duckdb", groups())
     with pytest.raises(DataError, match=r"\d+ of \d+ trajectories cannot be trained on: .*tokenizer"):
