@@ -116,7 +116,7 @@ class RlConfig(_Part):
     def _same_model(cls, given: Any) -> Any:
         """The learner begins with the engine's model unless it is told another."""
         match given:
-            case {"engine": {"model": str(model)}}:
+            case {"engine": {"model": str(model), **rest}} if "url" not in rest:
                 policy = given.get("policy", {})
                 if isinstance(policy, dict) and policy.get("model", model) != model:
                     raise ValueError("engine.model and policy.model differ: a run begins with one model")

@@ -94,7 +94,8 @@ def test_reconstruct(polar: Polar, store: Path) -> None:
 def test_export(polar: Polar, store: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     told = polar("export", "--store", store, "--out", out, "--json")
-    assert (told.code, told.json) == (0, {"path": str(out), "what": "trajectories", "num_rows": 1})
+    expected = {"path": str(out), "what": "trajectories", "format": "parquet", "num_rows": 1}
+    assert (told.code, told.json) == (0, expected)
     (row,) = pq.read_table(out).to_pylist()
     assert row["token_ids"] == list(range(1, 27)) and sum(row["loss_mask"]) == row["num_trained"] == 10
     assert polar("export", "--store", store, "--out", out).code == 2
