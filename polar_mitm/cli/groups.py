@@ -6,7 +6,7 @@ import asyncio
 import os
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -172,7 +172,7 @@ class GroupRunner:
 
     async def run(
         self, tasks: Iterable[Task], group_size: int, max_groups: int | None = None
-    ) -> AsyncIterator[Group]:
+    ) -> AsyncGenerator[Group, None]:
         """Every task's group, as they end; only as far ahead of who takes them as `max_groups` allows.
 
         Args:

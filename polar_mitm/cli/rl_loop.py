@@ -33,6 +33,7 @@ from polar_mitm_trainer.fanout import samples_of
 from polar_mitm_trainer.rundb import RunDB, step_rows
 
 if TYPE_CHECKING:
+    from polar_mitm.upstream.weights import Updated
     from polar_mitm_trainer.reporting import Board
     from polar_mitm_trainer.samples import Sample
     from polar_mitm_trainer.worker import Worker
@@ -88,6 +89,7 @@ class RlLoop:
         self._db, self._board = db, board
         self._folder = config.out / "checkpoints"
         self._train = config.train
+        self._served: int | None = None  # by the engine
 
     async def run(self) -> None:
         """Until the last step is done; leaves a checkpoint, also where it ends before.
@@ -100,7 +102,7 @@ class RlLoop:
         """
         config, history = self._config, self._history
         try:
-            await self._sync.update(history.policy_version)
+            await self._update()
             if config.evaluation.before and history.iteration == 0:
                 await self._evaluate()
             async with aclosing(self._steps()) as steps:
@@ -125,14 +127,14 @@ class RlLoop:
             while history.iteration < config.steps:
                 began = time.monotonic()
                 run = self._runner.run(islice(tasks, per_step), size, max_groups=per_step)
-                async with aclosing(run) as groups:  # type: ignore[type-var]
+                async with aclosing(run) as groups:
                     taken = [group async for group in groups]
                 yield taken, time.monotonic() - began
             return
         first, ahead = history.iteration, 1 + config.sync.max_staleness
         source = _Rationed(tasks, lambda: (min(history.iteration + ahead, config.steps) - first) * per_step)
         run = self._runner.run(source, size, max_groups=ahead * per_step)
-        async with aclosing(run) as groups:  # type: ignore[type-var]
+        async with aclosing(run) as groups:
             while history.iteration < config.steps:
                 began, taken = time.monotonic(), []
                 async for group in groups:
@@ -165,7 +167,7 @@ class RlLoop:
         learned = time.monotonic()
         try:
             if samples and history.version % self._config.sync.every == 0:
-                updated = await self._sync.update(history.policy_version, samples)
+                updated = await self._update(samples)
                 if updated.difference is not None:
                     metrics["sync/difference"] = updated.difference
         finally:  # a step that the engine did not get was a step all the same
@@ -198,6 +200,12 @@ class RlLoop:
         history.groups += len(groups)
         return samples, account
 
+    async def _update(self, samples: Sequence[Sample] = ()) -> Updated:
+        """The newest weights into the engine."""
+        updated = await self._sync.update(self._history.policy_version, samples)
+        self._served = self._history.version
+        return updated
+
     def _record(self, samples: list[Sample], metrics: dict[str, float], begun_at: float) -> None:
         history = self._history
         self._db.step(
@@ -225,10 +233,12 @@ class RlLoop:
         told, history = self._config.evaluation, self._history
         if not told.num_tasks:
             return
+        if self._served != history.version:  # sync.every left it behind
+            await self._update()
         tasks = islice(load_tasks(self._config.rollouts.tasks, told.split, self._config.seed), told.num_tasks)
         means: list[float] = []
         unjudged = 0
-        async with aclosing(self._runner.run(tasks, told.samples)) as groups:  # type: ignore[type-var]
+        async with aclosing(self._runner.run(tasks, told.samples)) as groups:
             async for group in groups:
                 unjudged += len(group.rollouts) - len(group.rewards)
                 if group.rewards:

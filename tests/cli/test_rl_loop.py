@@ -198,6 +198,15 @@ async def test_evaluations(world: World, loop: Start) -> None:
     assert [name for name, _ in world.saved] == ["step-1", "step-2", "step-3"]
 
 
+async def test_evaluations_are_of_the_newest_weights(world: World, loop: Start) -> None:
+    await loop(sync={"mode": "async", "max_staleness": 1, "every": 2}, evaluation={"num_tasks": 2}).run()
+    told = [line.partition(":")[0] for line in world.log]
+    assert told == [
+        "engine step-0", "evaluated 0", "step 8", "step 8", "engine step-2",
+        "step 8", "engine step-3", "evaluated 3",
+    ]  # fmt: skip
+
+
 async def test_it_goes_on_from_a_position(world: World, loop: Start) -> None:
     world.version = 2
     await loop(History(iteration=2, groups=4, version=2, saved=2), evaluation={"num_tasks": 2}).run()
