@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from polar_mitm_trainer.samples import Aggregation
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
 LossName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "sft"]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class LoraConfig(_Part):
@@ -29,21 +30,21 @@ class PolicyConfig(_Part):
 
     model: str
     dtype: Literal["float32", "bfloat16"] = "float32"
-    device: str = "auto"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     lora: LoraConfig | None = None
     gradient_checkpointing: bool = False
     attention: Literal["auto", "blocks", "flex"] = "auto"
 
 
 class OptimiserConfig(_Part):
-    """AdamW, with a linear warm-up to a constant rate."""
+    """AdamW, with a linear warm-up to a constant rate. Within these bounds an update of float32 is finite."""
 
-    lr: float = Field(default=1e-6, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
+    lr: float = Field(default=1e-6, gt=0, le=1)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, ge=1e-20)
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
     warmup_steps: int = Field(default=0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e6)
     updates_per_step: int = Field(default=1, ge=1)  # minibatches that a step's rollouts are cut into
     epochs: int = Field(default=1, ge=1)  # passes over a step's rollouts
 
@@ -82,6 +83,17 @@ class LossConfig(_Part):
                 f"correction '{self.correction}' needs old_policy = 'recomputed': a ratio to the engine's "
                 "behaviour logprobs holds what it corrects already (masks go with either)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.correction_floor > self.correction_cap:
+            raise ValueError(
+                f"correction_floor {self.correction_floor:g} is above correction_cap {self.correction_cap:g}"
+            )
+        length, buffer = self.overlong_length, self.overlong_buffer
+        if length is not None and buffer is not None and buffer > length:
+            raise ValueError(f"overlong_buffer {buffer} is above overlong_length {length}")
         return self
 
 

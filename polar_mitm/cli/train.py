@@ -105,6 +105,8 @@ def train(
     metrics.jsonl, tensorboard/, reward.png.
     """
     given = _config(config, model, seed, {"name": loss} if loss else {})
+    if given.loss.name == "sft":
+        fail("the loss sft goes with another choice of rollouts: `polar-mitm sft`")
     _run(
         {
             "kind": "train",
@@ -186,18 +188,22 @@ def _config(file: Path | None, model: str | None, seed: int | None, loss: dict[s
     from polar_mitm_trainer.config import TrainConfig
 
     given = load_toml(file) if file else {}
-    if model is not None:
-        given["policy"] = {**given.get("policy", {}), "model": model}
-    if not given.get("policy", {}).get("model"):
+    options: dict[str, dict[str, Any]] = {"policy": {"model": model} if model else {}, "loss": loss}
+    for name, table in options.items():
+        if not isinstance(given.setdefault(name, {}), dict):
+            fail(f"{file}: {name} is a table: [{name}], not {name} = {given[name]!r}")
+        given[name] |= table
+    if not given["policy"].get("model"):
         fail("say what to train: --model DIR, or [policy] model in --config")
     if seed is not None:
         given["seed"] = seed
-    given["loss"] = {**given.get("loss", {}), **loss}
     told = validated(TrainConfig, given, file or "options")
     try:
         check_loss(told.loss)
     except ValueError as error:
         fail(str(error))
+    if told.loss.max_staleness is not None:
+        fail("loss.max_staleness: recorded rollouts have no step that they could be older than; leave it out")
     return told
 
 

@@ -80,12 +80,34 @@ def test_sft(polar: Polar, store: Path, model: Path, config: Path, tmp_path: Pat
         (["--resume"], "is no snapshot"),
         (["--loss", "ppo"], "loss.name: Input should be 'grpo'"),
         (["--loss", "dr_grpo"], "dr_grpo divides by a length; give one"),
+        (["--loss", "sft"], "`polar-mitm sft`"),
     ],
 )
 def test_what_is_refused(
     polar: Polar, store: Path, model: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
     told = polar("train", "-s", store, "-m", model, "--out", tmp_path / "out", *options)
+    assert told.code == 2 and message in " ".join(told.err.split()), told.err
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("loss = 'dapo'", "loss is a table: [loss], not loss = 'dapo'"),
+        ("policy = 'x'", "policy is a table: [policy], not policy = 'x'"),
+        ("[policy]\ndevice = 'potato'", "policy.device"),
+        ("[optimiser]\nlr = inf", "optimiser.lr: Input should be"),
+        ("[optimiser]\nlr = 1e30", "optimiser.lr: Input should be less than or equal to 1"),
+        ("[optimiser]\nbetas = [0.9, 1.5]", "optimiser.betas.1: Input should be less than 1"),
+        ("[loss]\nmax_staleness = 3", "loss.max_staleness: recorded rollouts"),
+        ("[loss]\ncorrection_floor = 3.0", "correction_floor 3 is above correction_cap 2"),
+        ("[loss]\noverlong_length = 5\noverlong_buffer = 6", "overlong_buffer 6 is above overlong_length 5"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense(polar: Polar, tmp_path: Path, lines: str, message: str) -> None:
+    file = tmp_path / "odd.toml"
+    file.write_text(lines)
+    told = polar("train", "-s", tmp_path / "none", "-m", "m", "-o", tmp_path / "out", "-c", file)
     assert told.code == 2 and message in " ".join(told.err.split()), told.err
 
 
