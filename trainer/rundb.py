@@ -109,16 +109,25 @@ class RunDB:
         """The id of the run that was begun last in a folder.
 
         Raises:
-            StoreError: there is none.
+            StoreError: there is none; or it cannot be read, as while somebody else writes.
         """
-        try:
-            with duckdb.connect(str(folder / "run.duckdb"), read_only=True) as con:
-                found = con.execute("SELECT run_id FROM runs ORDER BY started_at DESC LIMIT 1").fetchone()
-        except duckdb.Error as error:
-            raise StoreError(f"{folder} holds no run: {str(error).splitlines()[0]}") from error
+        return RunDB.recorded(folder)[0]
+
+    @staticmethod
+    def recorded(folder: Path) -> tuple[str, str, dict[str, Any]]:
+        """The id, the kind and the configuration of the run that was begun last; raises as `last_run`."""
+        path = folder / "run.duckdb"
+        if not path.exists():
+            raise StoreError(f"{folder} holds no run")
+        with _connect(path, _LAST_WAIT_S, read_only=True) as con:
+            query = "SELECT run_id, kind, config FROM runs ORDER BY started_at DESC LIMIT 1"
+            try:
+                found = con.execute(query).fetchone()
+            except duckdb.CatalogException:
+                found = None
         if found is None:
             raise StoreError(f"{folder} holds no run")
-        return str(found[0])
+        return found[0], found[1], json.loads(found[2])
 
     def begin(self, kind: str, name: str, config: Mapping[str, Any], store: Path | None) -> None:
         """Make the tables and the run's own row; a run that is resumed keeps its first start."""
@@ -165,6 +174,19 @@ class RunDB:
             for table in ("steps", "step_rows", "metrics"):
                 con.execute(f"DELETE FROM {table} WHERE run_id = ? AND step > ?", [self.run_id, step])
             con.execute("COMMIT")
+        if self._log.exists():
+            partial = self._log.with_name(f".{self._log.name}.partial")
+            with self._log.open() as lines, partial.open("w") as kept:
+                kept.writelines(line for line in lines if not self._after(step, line))
+            partial.replace(self._log)
+
+    def _after(self, step: int, line: str) -> bool:
+        """Is this line of the log of a later step, or cut short where its writer was killed?"""
+        try:
+            found = json.loads(line)
+        except ValueError:
+            return True
+        return bool(found["run_id"] == self.run_id and found["step"] > step)
 
     def step(
         self,
@@ -249,15 +271,32 @@ class RunDB:
         self._waiting = []
 
     def _open(self, wait_s: float) -> duckdb.DuckDBPyConnection:
-        deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                return duckdb.connect(str(self.path))
-            except duckdb.Error as error:
-                if time.monotonic() > deadline:
-                    reason = str(error).splitlines()[0]
-                    raise StoreError(f"{self.path} cannot be written: {reason}") from error
-                time.sleep(_POLL_S)
+        return _connect(self.path, wait_s)
+
+
+def _connect(path: Path, wait_s: float, *, read_only: bool = False) -> duckdb.DuckDBPyConnection:
+    """Waits for whoever holds the file; the StoreError after that says who it is."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            return duckdb.connect(str(path), read_only=read_only)
+        except duckdb.Error as error:
+            if time.monotonic() > deadline:
+                reason = str(error).splitlines()[0]
+                how = "read" if read_only else "written"
+                raise StoreError(f"{path} cannot be {how}: {reason}") from error
+            time.sleep(_POLL_S)
+
+
+def differences(then: Any, now: Any, key: str = "") -> list[str]:
+    """What differs between a recorded configuration and one of now, as `KEY: THEN, now NOW`.
+
+    Keys that only one of them has are of another version of this project, and passed over.
+    """
+    if isinstance(then, dict) and isinstance(now, dict):
+        both = [name for name in then if name in now]
+        return [d for name in both for d in differences(then[name], now[name], f"{key}.{name}".lstrip("."))]
+    return [] if then == now else [f"{key}: {json.dumps(then)}, now {json.dumps(now)}"]
 
 
 def _insert(con: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:

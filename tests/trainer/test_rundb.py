@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import duckdb
@@ -16,7 +17,7 @@ from polar_mitm.cli import main
 from polar_mitm.errors import StoreError
 from polar_mitm.types import Rollout
 from polar_mitm_trainer import rundb
-from polar_mitm_trainer.rundb import RunDB, StepRow, step_rows
+from polar_mitm_trainer.rundb import RunDB, StepRow, differences, step_rows
 from polar_mitm_trainer.samples import Sample, weigh
 from tests.cli.conftest import record, sampled
 
@@ -116,9 +117,18 @@ def test_a_resumed_run_forgets_what_it_does_again(tmp_path: Path) -> None:
         db.begin("train", "", {}, None)
         for step in (1, 2, 3):
             db.step(step, [ROW], {"reward": step}, policy_version=f"step-{step}", started_at=0.0)
+    with (tmp_path / "metrics.jsonl").open("a") as log:
+        log.write('{"run_id": "one", "st')  # its writer was killed
     db = RunDB(tmp_path, "one")
     db.begin("train", "", {"again": True}, None)
     db.rewind(1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["run_id"], line["step"]) for line in lines] == [
+        ("one", 1),
+        ("other", 1),
+        ("other", 2),
+        ("other", 3),
+    ]
     assert db.series("reward") == ([1], [1.0])
     with duckdb.connect(str(db.path), read_only=True) as con:
         runs = con.execute("SELECT run_id, status FROM runs ORDER BY run_id").fetchall()
@@ -132,3 +142,28 @@ def test_no_database_is_an_error_that_names_it(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "run.duckdb").write_text("no database, but longer than its header would be " * 99)
     with pytest.raises(StoreError, match=r"run\.duckdb cannot be written"):
         RunDB(tmp_path, "run").begin("train", "", {}, None)
+
+
+def test_the_last_run_while_somebody_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for, and in the end named."""
+    with pytest.raises(StoreError, match="holds no run$"):
+        RunDB.last_run(tmp_path)
+    RunDB(tmp_path, "run").begin("train", "", {"seed": 1}, None)
+    path = str(tmp_path / "run.duckdb")
+    code = f"import duckdb, sys; c = duckdb.connect({path!r}); print(1, flush=True); sys.stdin.read()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True) as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == "1\n"
+        with monkeypatch.context() as patch:
+            patch.setattr(rundb, "_LAST_WAIT_S", 0.0)
+            with pytest.raises(StoreError, match=rf"cannot be read: .*PID {writer.pid}"):
+                RunDB.last_run(tmp_path)
+        threading.Timer(0.3, writer.kill).start()
+        assert RunDB.last_run(tmp_path) == "run"
+    assert RunDB.recorded(tmp_path) == ("run", "train", {"seed": 1})
+
+
+def test_what_differs_is_told_by_its_key() -> None:
+    then = {"seed": 0, "policy": {"lora": None, "dtype": "float32"}, "gone": 1}
+    now = {"seed": 1, "policy": {"lora": {"rank": 4}, "dtype": "float32"}, "new": 2}
+    assert differences(then, now) == ["seed: 0, now 1", 'policy.lora: null, now {"rank": 4}']
