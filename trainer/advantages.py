@@ -13,6 +13,12 @@ from polar_mitm_trainer.config import AdvantageConfig
 
 _EPSILON = 1e-4  # added to the standard deviation, as TRL does
 _ZERO = 1e-8  # a standard deviation that is rounding
+_MOST = 1e30  # float32 ends at 3.4e38, and advantages are multiplied
+
+
+def is_usable(reward: float) -> bool:
+    """Whether a reward is a number that float32 advantages can be made of."""
+    return abs(reward) <= _MOST
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +43,13 @@ def group_advantages(
     `config.std`: the sample one (n - 1) plus 1e-4, as in TRL 1.16 (GRPO, arXiv 2402.03300).
 
     Raises:
-        ValueError: a reward is NaN or infinite (it says whose), or the lengths differ.
+        ValueError: a reward is NaN, infinite or beyond 1e30 (it says whose), or the lengths differ.
     """
     values = np.array([np.nan if reward is None else reward for reward in rewards], dtype=np.float64)
     given = np.array([reward is not None for reward in rewards], dtype=bool)
-    if bad := [at for at in np.flatnonzero(given) if not np.isfinite(values[at])]:
+    if bad := [at for at in np.flatnonzero(given) if not is_usable(values[at])]:
         told = ", ".join(f"{values[at]} (number {at}, group {groups[at]})" for at in bad[:5])
-        raise ValueError(f"{len(bad)} of {len(rewards)} rewards are no numbers: {told}")
+        raise ValueError(f"{len(bad)} of {len(rewards)} rewards are no numbers, or too large: {told}")
     members: dict[str, list[int]] = defaultdict(list)
     for at, group in zip(range(len(values)), groups, strict=True):
         members[group].append(at)

@@ -103,7 +103,7 @@ def _fan_out(
                 policy_version=trajectory.policy_version_min,
             )
         )
-    account.rollouts["trained" if samples else "all_masked"] += 1
+    account.rollouts["trained" if samples else "all_masked" if built.sampled else "nothing_sampled"] += 1
     return samples
 
 

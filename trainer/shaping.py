@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from polar_mitm_trainer.account import Account
-from polar_mitm_trainer.advantages import group_advantages
+from polar_mitm_trainer.advantages import group_advantages, is_usable
 from polar_mitm_trainer.config import LossConfig, TrainConfig
 from polar_mitm_trainer.finished import Outcome
 
@@ -31,9 +31,10 @@ Judge = Callable[[Sequence[Outcome], TrainConfig], tuple[list[Verdict], Account]
 def judge(rollouts: Sequence[Outcome], config: TrainConfig) -> tuple[list[Verdict], Account]:
     """One verdict per rollout, in this order, and the account of those that are left out.
 
-    A rollout is left out when its record has holes, when it failed or did not end by itself, when it has no
-    reward, or one that is no finite number; the others of its group are not. A group is dropped when fewer
-    than two of it are left, or when all of their rewards are the same.
+    A rollout is left out when its record has holes, when it was interrupted or still runs, when it has no
+    reward, or one that is no number (beyond 1e30 is none); the others of its group are not. One that failed
+    or met its deadline counts as it was judged, whatever its exit code. A group is dropped when fewer than
+    two of it are left, or when all of their rewards are the same.
 
     Raises:
         ValueError: the same rollout twice; shaping without its lengths.
@@ -104,4 +105,4 @@ def unfit(outcome: Outcome) -> str | None:
         return f"{outcome.status}_rollout"
     if outcome.reward is None:
         return "no_reward"
-    return None if math.isfinite(outcome.reward) else "bad_reward"
+    return None if is_usable(outcome.reward) else "bad_reward"
