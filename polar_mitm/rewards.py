@@ -23,7 +23,7 @@ import os
 import signal
 import threading
 from asyncio.subprocess import DEVNULL
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -35,6 +35,16 @@ from polar_mitm.tasks import Attempt, RewardFunction, Task, located
 
 MAX_OUTPUT_BYTES = 1 << 20
 _MAX_EVIDENCE = 10_000  # characters
+
+
+def which_counts(names: Collection[str], asked: str | None = None) -> str | None:
+    """Whose verdict is the reward: the one asked for, the only one, or "reward", as `collect` and `rl` say.
+
+    None where there is no verdict, or none of several is "reward".
+    """
+    if asked is not None:
+        return asked
+    return next(iter(names)) if len(names) == 1 else "reward" if "reward" in names else None
 
 
 @dataclass(frozen=True)

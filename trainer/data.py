@@ -98,16 +98,21 @@ class TrainingSet:
         for row in snapshot.rows:
             self._trajectories.setdefault(row.rollout_id, []).append(self._listing[row.trajectory_id])
             outcomes[row.rollout_id] = self._listing.outcome(row.rollout_id, row.reward, row.group_id)
+        for each in snapshot.bystanders:
+            outcomes[each.rollout_id] = self._listing.outcome(each.rollout_id, each.reward, each.group_id)
         rollouts = list(outcomes.values())
         verdicts, account = judge(rollouts, config)
         self._groups: dict[str, list[Outcome]] = {}
         self.set_aside = Account()
         for group, places in by_group(rollouts).items():
-            if any(verdicts[place].left_out is None for place in places):
+            if any(
+                verdicts[p].left_out is None and self._trajectories.get(rollouts[p].rollout_id)
+                for p in places
+            ):
                 self._groups[group] = sorted((rollouts[p] for p in places), key=lambda o: o.rollout_id)
                 continue
             for place in places:
-                leave_out(rollouts[place], verdicts[place].left_out or "", self.set_aside)
+                leave_out(rollouts[place], verdicts[place].left_out or "nothing_sampled", self.set_aside)
         self.set_aside.groups = account.groups.copy()
         del self.set_aside.groups["trained"]
         if not self._groups:
@@ -150,7 +155,7 @@ class TrainingSet:
 
     def _read(self, groups: list[str]) -> tuple[Finished, ...]:
         outcomes = [outcome for group in groups for outcome in self._groups[group]]
-        chosen = [listed for o in outcomes for listed in self._trajectories[o.rollout_id]]
+        chosen = [listed for o in outcomes for listed in self._trajectories.get(o.rollout_id, [])]
         found = {listed.trajectory_id: trajectory for listed, trajectory in self._listing.read(chosen)}
         if changed := [t for t, each in found.items() if digest_of(each) != self._digests[t]]:
             raise DataError(
@@ -158,6 +163,8 @@ class TrainingSet:
             )
         answers = self._reader.answers([outcome.rollout_id for outcome in outcomes])
         return tuple(
-            Finished.of(o, [found[t.trajectory_id] for t in self._trajectories[o.rollout_id]], answers)
+            Finished.of(
+                o, [found[t.trajectory_id] for t in self._trajectories.get(o.rollout_id, [])], answers
+            )
             for o in outcomes
         )

@@ -83,14 +83,32 @@ class Listing:
 
     def outcome(self, rollout_id: str, reward: float | None, group_id: str | None) -> Outcome:
         """A rollout's outcome; None as the group is the recorded one."""
-        if rollout_id not in self._builds:
+        built = self._builds.get(rollout_id)
+        if built is None and rollout_id not in self._of_rollout:
+            built = Built(0, 0, 0, {}, {})  # it made no call
+        if built is None:
             raise StoreError(
                 f"{self._reader.path} has trajectories of {rollout_id}, but no account of them: {_TO_WRITE}"
             )
-        last_spans = [(t.role, t.last_span) for t in self._of_rollout[rollout_id] if t.last_span is not None]
-        return Outcome.of(
-            self._rollouts[rollout_id], self._builds[rollout_id], last_spans, reward=reward, group_id=group_id
-        )
+        own = self._of_rollout.get(rollout_id, [])
+        last_spans = [(t.role, t.last_span) for t in own if t.last_span is not None]
+        return Outcome.of(self._rollouts[rollout_id], built, last_spans, reward=reward, group_id=group_id)
+
+    def trains(self, rollout_id: str) -> bool:
+        """Whether a token of a rollout's trajectories trains."""
+        return rollout_id in self._builds and self._builds[rollout_id].trained > 0
+
+    def rollouts(self) -> list[Rollout]:
+        """All of the store, oldest first."""
+        return list(self._rollouts.values())
+
+    def quarantined(self) -> Counter[str]:
+        """Sampled tokens of complete rollouts that are in no trajectory, by reason."""
+        reasons: Counter[str] = Counter()
+        for rollout_id, built in self._builds.items():
+            if rollout_id in self._rollouts and self._rollouts[rollout_id].incomplete is None:
+                reasons.update(built.quarantined)
+        return reasons
 
     def used(self) -> dict[int, Used]:
         """By number what trajectories were sampled with."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import tomllib
 from collections import Counter
@@ -15,11 +14,13 @@ import numpy as np
 import pyarrow as pa
 
 from polar_mitm.errors import StoreError
+from polar_mitm.rewards import which_counts
 from polar_mitm.store import StoreReader
 from polar_mitm.store.rows import quote
 from polar_mitm_trainer.account import DataError
+from polar_mitm_trainer.advantages import is_usable
 from polar_mitm_trainer.listing import Listed, Listing
-from polar_mitm_trainer.snapshot import Row, Snapshot, digest_of
+from polar_mitm_trainer.snapshot import Bystander, Row, Snapshot, digest_of
 
 T = TypeVar("T")
 ALL = "all"
@@ -95,11 +96,16 @@ def select(
     for all of a rollout (NULL: none), and a `group_id`, to group otherwise than it was recorded (NULL: as it
     was). Other columns are ignored. Without a column `reward`, the latest verdict on the rollout counts.
 
+    A judged rollout in which nothing trains (its harness died before the first call) has no trajectory to
+    select. The set "all" counts its reward in its group's mean all the same, as an online run does
+    (`Snapshot.bystanders`); any other query is about the rollouts that it selects, and no others.
+
     Args:
         reader: an open store; it is only read.
         query: one SELECT on its views (`resolve_query` has others ways to say it).
         builder: whose trajectories; no token is trained as two builders' work.
-        reward_name: which verdict, where verifiers gave several; not with a column `reward`.
+        reward_name: which verdict, where verifiers gave several; not with a column `reward`. None is the only
+            one, or "reward".
         policy: what is to be trained.
         skip_refused: leave out what cannot be trained on, and count it in the snapshot.
         only: of what the query gives, only the rows of this snapshot.
@@ -109,7 +115,7 @@ def select(
             trajectories cannot be trained on, unless they are skipped: with their number and the reasons.
         StoreError: the store cannot be read.
     """
-    asked, has_rewards = _ask(reader, query)
+    asked, has_rewards = _ask(reader, query, builder)
     if only is not None:
         wanted = {row.trajectory_id for row in only.rows}
         asked = {trajectory_id: each for trajectory_id, each in asked.items() if trajectory_id in wanted}
@@ -122,12 +128,15 @@ def select(
             f"(first {unknown[0]!r}){listing.why_empty()}"
         )
     chosen = [listing[trajectory_id] for trajectory_id in asked]
+    rollout_ids = {each.rollout_id for each in chosen}
+    verdicts: dict[str, float] = {}
     if has_rewards:
         if reward_name is not None:
             raise DataError("the query has a column reward: leave out one of it and the reward's name")
         rewards = _alike(chosen, [asked[each.trajectory_id].reward for each in chosen], "rewards")
     else:
-        rewards = _verdicts(reader, {each.rollout_id for each in chosen}, reward_name)
+        reward_name, verdicts = _verdicts(reader, rollout_ids, reward_name)
+        rewards = {rollout_id: verdicts.get(rollout_id) for rollout_id in rollout_ids}
     groups = _alike(chosen, [asked[each.trajectory_id].group_id for each in chosen], "groups")
     refused: Counter[str] = Counter()
     examples: dict[str, str] = {}
@@ -143,7 +152,37 @@ def select(
         raise DataError(f"{refused.total()} of {len(chosen)} trajectories cannot be trained on: {reasons}")
     if all(row.reward is None for row in rows):
         raise DataError(f"none of the {len(rewards)} selected rollouts has a reward")
-    return Snapshot.of(rows, query=query, builder=builder, reward_name=reward_name, refused=dict(refused))
+    left_out: Counter[str] = Counter({f"sampled tokens {why}": n for why, n in listing.quarantined().items()})
+    bystanders = []
+    in_all = query == resolve_query(ALL, builder=builder)
+    in_set = {row.group_id for row in rows}
+    for rollout in listing.rollouts():
+        reward = verdicts.get(rollout.rollout_id)
+        if rollout.rollout_id in rollout_ids or (reward is None and not has_rewards):
+            continue
+        if rollout.incomplete is not None:
+            left_out["incomplete_rollout"] += 1
+            examples.setdefault("incomplete_rollout", rollout.incomplete)
+        elif reward is not None and not listing.trains(rollout.rollout_id):
+            group_id = listing.outcome(rollout.rollout_id, reward, None).group_id
+            if in_all and group_id in in_set and is_usable(reward):
+                bystanders.append(Bystander(rollout.rollout_id, group_id, reward, rollout.status))
+            else:
+                left_out["rollouts without a token that trains"] += 1
+    if why := examples.get("incomplete_rollout"):
+        left_out[f"incomplete_rollout (first: {why})"] = left_out.pop("incomplete_rollout")
+    used = listing.used()
+    numbers = [listing[row.trajectory_id].number for row in rows]
+    return Snapshot.of(
+        rows,
+        query=query,
+        builder=builder,
+        reward_name=reward_name,
+        refused=dict(refused),
+        bystanders=bystanders,
+        left_out=dict(left_out),
+        model=next((model for number in numbers for model in used[number].models if model), None),
+    )
 
 
 def verify(reader: StoreReader, snapshot: Snapshot) -> None:
@@ -174,7 +213,7 @@ def _read(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _ask(reader: StoreReader, query: str) -> tuple[dict[str, _Asked], bool]:
+def _ask(reader: StoreReader, query: str, builder: str) -> tuple[dict[str, _Asked], bool]:
     """What a query said of each trajectory, in its order, and whether it said rewards."""
     inner = query.strip().rstrip(";")
     try:
@@ -190,11 +229,13 @@ def _ask(reader: StoreReader, query: str) -> tuple[dict[str, _Asked], bool]:
     ids = found["trajectory_id"].to_pylist()
     if num_nulls := ids.count(None):
         raise DataError(f"{num_nulls} of {len(ids)} rows of the query have no trajectory_id")
+    if other := [each for each in ids if not isinstance(each, str)]:
+        raise DataError(f"the query's column trajectory_id holds no ids of trajectories (first {other[0]!r})")
     if len(set(ids)) < len(ids):
         first = Counter(ids).most_common(1)[0][0]
         raise DataError(
             f"the query has {len(ids)} rows for {len(set(ids))} trajectories (first {first}): a join, or "
-            "several builders, repeat them"
+            f"several builders, repeat them: add WHERE builder = {quote(builder)}"
         )
     nothing = [None] * len(ids)
     groups = (
@@ -227,20 +268,20 @@ def _alike(chosen: Sequence[Listed], values: Sequence[T | None], what: str) -> d
     return per_rollout
 
 
-def _verdicts(reader: StoreReader, rollout_ids: set[str], name: str | None) -> dict[str, float | None]:
-    """The latest verdict on each rollout; several names need a choice."""
+def _verdicts(
+    reader: StoreReader, rollout_ids: set[str], asked: str | None
+) -> tuple[str | None, dict[str, float]]:
+    """The name that counts, by what the selected rollouts have, and the latest verdict on every rollout."""
     found = reader.sql('SELECT rollout_id, name, value FROM rewards ORDER BY "at", rowid').to_pylist()
-    found = [row for row in found if row["rollout_id"] in rollout_ids]
-    names = Counter(row["name"] for row in found)
-    if name is None and len(names) > 1:
+    names = Counter(row["name"] for row in found if row["rollout_id"] in rollout_ids)
+    name = which_counts(names, asked)
+    if name is None and names:
         told = ", ".join(f"{each!r} ({n})" for each, n in names.most_common())
         raise DataError(f"rollouts have rewards of several names: {told}; say which one counts")
     if name is not None and name not in names:
         told = ", ".join(map(repr, names)) or "none at all"
         raise DataError(f"no selected rollout has a reward {name!r}; there are: {told}")
-    rewards: dict[str, float | None] = dict.fromkeys(sorted(rollout_ids))
-    rewards.update((row["rollout_id"], row["value"]) for row in found if name in (None, row["name"]))
-    return rewards
+    return name, {row["rollout_id"]: row["value"] for row in found if row["name"] == name}
 
 
 def _rows(
@@ -267,7 +308,7 @@ def _rows(
         why = None
         if outcome.incomplete is not None:
             why = f"of an incomplete rollout ({outcome.incomplete})"
-        elif outcome.reward is not None and not math.isfinite(outcome.reward):
+        elif outcome.reward is not None and not is_usable(outcome.reward):
             why = f"with the reward {outcome.reward}"
         elif not trained.size:
             why = "without a token that trains"
@@ -278,7 +319,8 @@ def _rows(
         elif policy.model is not None and (other := used[each.number].models - {policy.model}):
             why = f"of another model ({min(other)!r}, the policy is {policy.model!r})"
         elif policy.model is None and len(models) > 1:
-            why = f"of one of several models ({', '.join(sorted(used[each.number].models))})"
+            told = ", ".join(sorted(used[each.number].models))
+            why = f"of one of several models ({told}): --served-as says which"
         elif policy.vocab_size and int(trajectory.token_ids.max()) >= policy.vocab_size:
             why = f"with token ids beyond the policy's vocabulary of {policy.vocab_size}"
         yield row, why

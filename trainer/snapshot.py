@@ -26,11 +26,21 @@ class Row(msgspec.Struct, frozen=True):
     digest: str
 
 
+class Bystander(msgspec.Struct, frozen=True):
+    """A judged rollout in which nothing trains: its reward is in the mean of its group all the same."""
+
+    rollout_id: str
+    group_id: str
+    reward: float
+    status: RolloutStatus
+
+
 class Snapshot(msgspec.Struct, frozen=True):
     """A training set: how it was asked for, and what that gave.
 
     `rows` are in the order of their ids. `refused` counts the trajectories that were selected, but kept out,
-    by reason.
+    by reason; `left_out` what of the store cannot be selected at all, in rollouts or sampled tokens.
+    `bystanders` are in the order of their ids; `model` is the name that the engine served, where it told.
     """
 
     snapshot_id: str
@@ -39,6 +49,9 @@ class Snapshot(msgspec.Struct, frozen=True):
     reward_name: str | None
     rows: tuple[Row, ...]
     refused: dict[str, int] = {}
+    bystanders: tuple[Bystander, ...] = ()
+    left_out: dict[str, int] = {}
+    model: str | None = None
 
     @classmethod
     def of(
@@ -49,13 +62,27 @@ class Snapshot(msgspec.Struct, frozen=True):
         builder: str,
         reward_name: str | None = None,
         refused: dict[str, int] | None = None,
+        bystanders: Iterable[Bystander] = (),
+        left_out: dict[str, int] | None = None,
+        model: str | None = None,
     ) -> Snapshot:
-        """Its id is SHA-256 of the rows, whatever order they come in, and of nothing else."""
+        """Its id is SHA-256 of the rows and bystanders, whatever order they come in, and of nothing else."""
         ordered = tuple(sorted(rows, key=lambda row: row.trajectory_id))
+        beside = tuple(sorted(bystanders, key=lambda each: each.rollout_id))
         digest = hashlib.sha256()
-        for row in ordered:
+        for row in (*ordered, *beside):
             digest.update(msgspec.json.encode(msgspec.structs.astuple(row)) + b"\n")
-        return cls(digest.hexdigest(), query, builder, reward_name, ordered, refused or {})
+        return cls(
+            digest.hexdigest(),
+            query,
+            builder,
+            reward_name,
+            ordered,
+            refused or {},
+            beside,
+            left_out or {},
+            model,
+        )
 
     def save(self, path: Path) -> None:
         """Write it down as JSON."""
@@ -72,7 +99,7 @@ class Snapshot(msgspec.Struct, frozen=True):
             found = msgspec.json.decode(path.read_bytes(), type=cls)
         except (OSError, msgspec.MsgspecError) as error:
             raise DataError(f"{path} is no snapshot: {error}") from error
-        again = cls.of(found.rows, query=found.query, builder=found.builder)
+        again = cls.of(found.rows, query=found.query, builder=found.builder, bystanders=found.bystanders)
         if again.snapshot_id != found.snapshot_id:
             raise DataError(f"{path} is damaged: its rows are not those of snapshot {found.snapshot_id}")
         return found
@@ -83,18 +110,21 @@ class Snapshot(msgspec.Struct, frozen=True):
         Raises:
             DataError: a row is gone or differs, with the count of each.
         """
-        found = {row.trajectory_id: row for row in now.rows}
+        found: dict[str, Row | Bystander] = {row.trajectory_id: row for row in now.rows}
+        found |= {each.rollout_id: each for each in now.bystanders}
+        known: dict[str, Row | Bystander] = {row.trajectory_id: row for row in self.rows}
+        known |= {each.rollout_id: each for each in self.bystanders}
         why: Counter[str] = Counter()
         example = ""
-        for row in self.rows:
-            other = found.get(row.trajectory_id)
-            if other is None:
+        for name_of, row in known.items():
+            other = found.get(name_of)
+            if type(other) is not type(row):
                 differs = ["gone"]
             else:
                 differs = [
                     f"another {name}"
                     for name, mine, theirs in zip(
-                        Row.__struct_fields__,
+                        row.__struct_fields__,
                         msgspec.structs.astuple(row),
                         msgspec.structs.astuple(other),
                         strict=True,
@@ -102,7 +132,7 @@ class Snapshot(msgspec.Struct, frozen=True):
                     if mine != theirs
                 ]
             why.update(differs)
-            example = example or (differs and row.trajectory_id) or ""
+            example = example or (differs and name_of) or ""
         if why:
             reasons = [f"{n} {reason}" for reason, n in why.items()]
             if now.refused:

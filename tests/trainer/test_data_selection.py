@@ -92,6 +92,12 @@ def test_several_names_of_rewards_need_a_choice(tmp_path: Path) -> None:
     both = "SELECT trajectory_id, 1 AS reward FROM trajectories"
     assert "leave out one" in refusal(path, both, reward_name="style")
     assert {row.reward for row in selected(path, both).rows} == {1.0}
+    with Recorder(path, share=False) as recorder:
+        recorder.reward(Reward("g0r1", "reward", 0.75))
+    found = selected(path)
+    assert found.reward_name == "reward", "what collect and rl give counts where there are others"
+    assert {row.rollout_id: row.reward for row in found.rows}["g0r1"] == 0.75
+    assert {row.reward for row in selected(path, both).rows} == {1.0}
 
 
 def test_queries_by_name_and_from_files(tmp_path: Path) -> None:
@@ -132,6 +138,7 @@ def test_queries_by_name_and_from_files(tmp_path: Path) -> None:
             "SELECT NULL AS trajectory_id FROM trajectories",
             "12 of 12 rows of the query have no trajectory_id",
         ),
+        ("SELECT [1] AS trajectory_id", r"column trajectory_id holds no ids of trajectories \(first \[1\]\)"),
         (f"{EVERY} UNION ALL {EVERY}", "24 rows for 12 trajectories .*a join"),
         ("SELECT trajectory_id, role AS reward FROM trajectories", "column reward holds no numbers"),
         (
@@ -161,7 +168,7 @@ def test_two_builders_at_once(tmp_path: Path) -> None:
     some = groups(1)
     path = record(tmp_path / "s.duckdb", some)
     reconstruct(path, [one.rollout for one in some], "per-request")
-    assert "a join, or several builders, repeat them" in refusal(path)
+    assert "several builders, repeat them: add WHERE builder = 'forest'" in refusal(path)
     assert "no trajectory of builder 'polar-splice'" in refusal(
         path, f"{EVERY} WHERE builder = 'forest'", builder="polar-splice"
     )
@@ -201,6 +208,26 @@ def test_rollouts_without_a_build_are_named(tmp_path: Path) -> None:
         assert unbuilt(reader) == []
 
 
+def test_what_cannot_be_selected_is_told(tmp_path: Path) -> None:
+    """It has no trajectory, so that no query can name it: neither the default one nor one over them all."""
+    bare = rollout("bare", "g0", 1.0, num_calls=1, first={"behaviour_logprobs": []})
+    holes = [rollout(f"holes{n}", "g0", 1.0, incomplete="a call is missing") for n in range(3)]
+    unjudged = rollout("unjudged", "g0", None, incomplete="killed")
+    path = record(tmp_path / "s.duckdb", [*groups(1), bare, *holes, unjudged])
+    expected = {"incomplete_rollout (first: a call is missing)": 3, "sampled tokens length_mismatch": 2}
+    found = selected(path, resolve_query("all"))
+    assert found.left_out == expected and [each.rollout_id for each in found.bystanders] == ["bare"]
+    found.save(tmp_path / "snapshot.json")
+    assert Snapshot.load(tmp_path / "snapshot.json") == found
+    found = selected(path, f"{EVERY} -- mine")
+    assert found.left_out == {**expected, "rollouts without a token that trains": 1} and not found.bystanders
+    assert not selected(record(tmp_path / "t.duckdb", groups(1))).left_out
+
+
+def test_the_name_of_the_model_is_kept(store: Path) -> None:
+    assert selected(store).model == "tiny"
+
+
 def test_an_engine_without_logprobs_leaves_nothing_to_select(tmp_path: Path) -> None:
     bare = {"behaviour_logprobs": []}
     some = [rollout(f"a{n}", "g", float(n), num_calls=1, first=bare) for n in range(3)]
@@ -233,7 +260,7 @@ def test_another_model(tmp_path: Path) -> None:
     other = {"model_served": "large"}
     path = record(tmp_path / "s.duckdb", [*groups(1), rollout("b", "g0", 1.0, first=other, last=other)])
     assert "1 of another model ('large', the policy is 'tiny')" in refusal(path, policy=ENGINE)
-    assert "6 of one of several models (tiny)" in refusal(path)
+    assert "6 of one of several models (tiny): --served-as says which" in refusal(path)
     assert "1 of one of several models (large)" in refusal(path, skip_refused=True), "nobody says which"
     assert len(selected(path, f"{EVERY} WHERE rollout_id <> 'b'").rows) == 6
     assert len(selected(path, policy=Policy(model="large"), skip_refused=True).rows) == 1

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polar_mitm.store import Recorder, open_reader
+from polar_mitm.types import Reward
 from polar_mitm_trainer.data import (
     Account,
     DataError,
@@ -22,9 +23,10 @@ from polar_mitm_trainer.data import (
     TrainingSet,
     samples_of,
     select,
+    verify,
 )
 from polar_mitm_trainer.data import resolve_query as query
-from tests.trainer.stores import answer, config, groups, record, rollout, tamper
+from tests.trainer.stores import Recorded, answer, config, groups, record, rollout, tamper
 
 NUM_GROUPS = 5
 
@@ -143,6 +145,28 @@ def test_a_store_gives_what_memory_gives(tmp_path: Path) -> None:
         for name in ("token_ids", "loss_mask", "behaviour_logprobs", "advantages", "weights"):
             assert np.array_equal(getattr(a, name), getattr(b, name)), name
             assert getattr(a, name).dtype == getattr(b, name).dtype
+
+
+def test_who_died_before_its_first_call_is_in_the_mean(tmp_path: Path) -> None:
+    """As in an online run: its reward is the group's, though nothing of it can train."""
+    unheard = rollout("mute", "g0", 0.25, num_calls=1, first={"behaviour_logprobs": []})
+    dead = Recorded(rollout("dead", "g0", None, status="failed").rollout, [], {"score": -1.0})
+    recorded = [*groups(1), unheard, dead]
+    path = record(tmp_path / "s.duckdb", recorded)
+    with open_reader(path) as reader:
+        chosen = select(reader, query("all"))
+        (step,) = TrainingSet(reader, chosen, config(), groups_per_step=9).steps()
+    stored, account = samples_of(step.rollouts, config())
+    online, counted = samples_of([each.finished for each in recorded], config())
+    advantages = {s.trajectory_id: s.advantages.tolist() for s in online}
+    assert {s.trajectory_id: s.advantages.tolist() for s in stored} == advantages
+    assert account.metrics() == counted.metrics()
+    assert account.rollouts == {"trained": 4, "all_masked": 1, "nothing_sampled": 1}
+
+    with Recorder(path, share=False) as recorder:
+        recorder.reward(Reward("dead", "score", 3.0, at=99.0))
+    with open_reader(path) as reader, pytest.raises(DataError, match=r"1 another reward \(first dead\)"):
+        verify(reader, chosen)
 
 
 def test_some_trajectories_of_a_rollout(tmp_path: Path) -> None:
