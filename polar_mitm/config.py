@@ -61,7 +61,7 @@ class Settings(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
 
-def load(file: Path | None = None, **given: Any) -> Settings:
+def load(file: Path | None = None, /, **given: Any) -> Settings:
     """Settings from `file`, the environment and arguments; arguments that are None count as not given.
 
     Raises:

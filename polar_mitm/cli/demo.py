@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -22,9 +22,6 @@ from polar_mitm.cli.run import prepare
 from polar_mitm.cli.settings import settings_from
 from polar_mitm.errors import EngineUnfit, SetupError
 from polar_mitm.upstream.engine import EngineInfo
-
-if TYPE_CHECKING:
-    from polar_mitm.cli.hosting import EmbeddedHost
 
 PROMPT = (
     'Create a file hello.txt that contains "hi" in the current directory with the shell tool, then say done.'
@@ -166,37 +163,19 @@ async def _run(
     jobs: list[Job], folder: Path, info: EngineInfo, store: Path, max_tokens: int
 ) -> tuple[list[Ran], Path]:
     """Run them one after the other, each in a directory of its own; says where it was recorded, too."""
-    from polar_mitm.cli.hosting import embedded
+    from polar_mitm.cli.hosting import counting, embedded
 
     ran = []
     async with embedded(settings_from(None, max_tokens=max_tokens), info, store) as host:
         for job in jobs:
             job.never_visible, job.workdir, log = [store], folder / job.name, folder / f"{job.name}.log"
             job.workdir.mkdir()
+            named = f"{job.name} {job.version}"
             with log.open("wb") as output:
                 job.stdout = job.stderr = output.fileno()
-                async with _counting(job, host):
+                async with counting(host, f"{named} is at work", partial(str, named)):
                     outcome = await run_rollout(job, host)
             seen = f"{plural(outcome.calls, 'call')}, {plural(outcome.sampled_tokens, 'sampled token')}"
             say(f"{job.name}: {seen}, exit {outcome.exit_code}, {outcome.seconds:.0f} s")
             ran.append(Ran(outcome, log, (job.workdir / "hello.txt").is_file()))
         return ran, host.store
-
-
-@asynccontextmanager
-async def _counting(job: Job, host: EmbeddedHost) -> AsyncIterator[None]:
-    """A spinner with what the interceptor has seen so far, while a harness runs."""
-    with progress(f"{job.name} {job.version} is at work") as step:
-
-        async def count() -> None:
-            while True:
-                num_calls, num_sampled = host.so_far()
-                seen = f"{plural(num_calls, 'call')}, {plural(num_sampled, 'sampled token')}"
-                step.update(f"{job.name} {job.version}: {seen}")
-                await asyncio.sleep(0.2)
-
-        counter = asyncio.create_task(count())
-        try:
-            yield
-        finally:
-            counter.cancel()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from polar_mitm.cli.output import say
+from polar_mitm.cli.output import plural, progress, say
 from polar_mitm.config import Settings
 from polar_mitm.errors import SetupError
 from polar_mitm.types import Rollout
@@ -142,3 +142,22 @@ async def embedded(
             yield EmbeddedHost(interceptor)
     finally:
         await asyncio.to_thread(recorder.close)
+
+
+@asynccontextmanager
+async def counting(host: EmbeddedHost, text: str, doing: Callable[[], str]) -> AsyncIterator[None]:
+    """A spinner until the block ends: first with `text`, then with what is being done and was seen."""
+    with progress(text) as step:
+
+        async def count() -> None:
+            while True:
+                num_calls, num_sampled = host.so_far()
+                seen = f"{plural(num_calls, 'call')}, {plural(num_sampled, 'sampled token')} under way"
+                step.update(f"{doing()}: {seen}")
+                await asyncio.sleep(0.3)
+
+        counter = asyncio.create_task(count())
+        try:
+            yield
+        finally:
+            counter.cancel()

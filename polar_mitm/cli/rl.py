@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +12,7 @@ import msgspec
 import typer
 
 from polar_mitm.cli import loop
-from polar_mitm.cli.engine import engine_url, probed
+from polar_mitm.cli.engine import probed
 from polar_mitm.cli.exits import ENGINE, SETUP, Interrupted, fail
 from polar_mitm.cli.output import JsonFlag, plural, print_json, progress, say, tell
 from polar_mitm.dialects.ids import new_id
@@ -20,7 +20,6 @@ from polar_mitm.errors import WeightsError
 
 if TYPE_CHECKING:
     from polar_mitm.cli.groups import Harness
-    from polar_mitm.cli.hosting import EmbeddedHost
     from polar_mitm.cli.rl_config import EngineConfig, RlConfig
     from polar_mitm.cli.rl_loop import History
     from polar_mitm.config import Settings
@@ -62,17 +61,13 @@ def rl(
     need_torch()
     _check(told, resume)
     harness, settings = _ready(told)
+    found = None if told.engine.url is None else _probed(told.engine.url)  # before a policy that takes long
     told.out.mkdir(parents=True, exist_ok=True)
     with progress("loading the policy"):
         worker = Worker(told.train, told.out / "worker.log", num_processes=told.num_processes)
     with worker:
         history = _begin(told, worker, resume)
-        with _engine(told, worker) as url:
-            info = probed(url)
-            if not info.weight_version:
-                fail(
-                    f"the engine at {url} takes no new weights: start it with VLLM_SERVER_DEV_MODE=1", ENGINE
-                )
+        with nullcontext(found) if found else _engine(told, worker) as info:
             try:
                 loop.run(_run(told, history, harness, settings, info, worker, resume))
             except WeightsError as error:
@@ -87,6 +82,7 @@ def rl(
 
 def _check(config: RlConfig, resume: bool) -> None:
     """The end of the command where the run cannot be, before anything is started."""
+    from polar_mitm import engine
     from polar_mitm.store.share import find_live
     from polar_mitm.tasks import load_tasks
 
@@ -97,6 +93,8 @@ def _check(config: RlConfig, resume: bool) -> None:
         fail(f"--resume: {config.out} holds no run")
     if live := find_live((config.out / STORE).absolute()):
         fail(f"process {live.pid} records into {config.out / STORE}: this run goes on there")
+    if config.engine.url is None and (running := engine.status()) is not None:
+        fail(f"an engine runs already at {running.url}: polar-mitm engine down, or give its url", SETUP)
     load_tasks(config.rollouts.tasks, config.rollouts.split, config.seed)
     if config.evaluation.num_tasks:
         load_tasks(config.rollouts.tasks, config.evaluation.split, config.seed)
@@ -107,8 +105,16 @@ def _ready(config: RlConfig) -> tuple[Harness, Settings]:
     from polar_mitm.cli.settings import settings_from
 
     harness = Harness.load(config.rollouts.harness, arguments=config.rollouts.arguments)
-    settings = settings_from(None, **{"max_tokens": config.rollouts.max_tokens, **config.rollouts.settings})
+    given = {"max_tokens": config.rollouts.max_tokens, **config.rollouts.settings}
+    settings = settings_from(None, "rollouts.settings", **given)
     return harness, harness.served(settings)
+
+
+def _probed(url: str) -> EngineInfo:
+    info = probed(url)
+    if not info.weight_version:
+        fail(f"the engine at {url} takes no new weights: start it with VLLM_SERVER_DEV_MODE=1", ENGINE)
+    return info
 
 
 def _begin(config: RlConfig, worker: Worker, resume: bool) -> History:
@@ -127,16 +133,11 @@ def _begin(config: RlConfig, worker: Worker, resume: bool) -> History:
 
 
 @contextmanager
-def _engine(config: RlConfig, worker: Worker) -> Iterator[str]:
-    """The URL of the engine, which is started and stopped with the run unless it is somebody's own."""
-    told: EngineConfig = config.engine
-    if told.url is not None:
-        yield engine_url(told.url)
-        return
+def _engine(config: RlConfig, worker: Worker) -> Iterator[EngineInfo]:
+    """An engine that is started, and stopped with the run unless it is to be kept."""
     from polar_mitm import engine
 
-    if (running := engine.status()) is not None:
-        fail(f"an engine runs already at {running.url}: polar-mitm engine down, or give its url", SETUP)
+    told: EngineConfig = config.engine
     lora = config.policy.lora
     model = config.policy.model
     if lora is None:  # as the learner has it: an engine cannot take new weights with tied embeddings
@@ -156,7 +157,7 @@ def _engine(config: RlConfig, worker: Worker) -> Iterator[str]:
             on_step=step,
         )
     try:
-        yield state.url
+        yield _probed(state.url)
     finally:
         if not told.keep:
             engine.down()
@@ -172,7 +173,7 @@ async def _run(
     resume: bool,
 ) -> None:
     from polar_mitm.cli.groups import GroupRunner
-    from polar_mitm.cli.hosting import embedded
+    from polar_mitm.cli.hosting import counting, embedded
     from polar_mitm.cli.rl_loop import RlLoop
     from polar_mitm.cli.rl_sync import LORA, Sync
     from polar_mitm.upstream.weights import EngineWeights
@@ -186,7 +187,11 @@ async def _run(
             EngineWeights(info.url, info.model, told=changed) as weights,
             GroupRunner(host, harness, concurrency=told.concurrency, timeout_s=told.timeout_s) as runner,
             _recorded(config, history, resume) as (db, board),
-            _counting(host, config, history),
+            counting(
+                host,
+                f"{told.harness}, {plural(config.steps, 'step')}",
+                lambda: f"step {history.iteration + 1}/{config.steps}",
+            ),
         ):
             tolerance = config.tolerance if config.sync.verify else None
             folder = (config.out / "weights").absolute()
@@ -227,25 +232,6 @@ async def _recorded(config: RlConfig, history: History, resume: bool) -> AsyncIt
         db.end(status)
         curves = {"training": db.series("reward/mean"), "held out": db.series("evaluation/reward")}
         draw(config.out / "reward.png", curves, title=name)
-
-
-@asynccontextmanager
-async def _counting(host: EmbeddedHost, config: RlConfig, history: History) -> AsyncIterator[None]:
-    """A spinner with what the interceptor sees, between the lines of steps."""
-    with progress(f"{config.rollouts.harness}, {plural(config.steps, 'step')}") as step:
-
-        async def count() -> None:
-            while True:
-                num_calls, num_sampled = host.so_far()
-                seen = f"{plural(num_calls, 'call')}, {plural(num_sampled, 'sampled token')} under way"
-                step.update(f"step {history.iteration + 1}/{config.steps}: {seen}")
-                await asyncio.sleep(0.3)
-
-        counter = asyncio.create_task(count())
-        try:
-            yield
-        finally:
-            counter.cancel()
 
 
 def _write_trajectories(config: RlConfig) -> None:

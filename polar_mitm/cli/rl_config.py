@@ -118,7 +118,9 @@ class RlConfig(_Part):
         match given:
             case {"engine": {"model": str(model), **rest}} if "url" not in rest:
                 policy = given.get("policy", {})
-                if isinstance(policy, dict) and policy.get("model", model) != model:
+                if not isinstance(policy, dict):
+                    return given  # which is said of it below
+                if policy.get("model", model) != model:
                     raise ValueError("engine.model and policy.model differ: a run begins with one model")
                 return {**given, "policy": {"model": model, **policy}}
         return given
@@ -206,7 +208,8 @@ def validated(model: type[Any], given: dict[str, Any], source: object) -> Any:
 def _complaint(model: Any, error: Any) -> str:
     name = ".".join(map(str, error["loc"]))
     if error["type"] != "extra_forbidden":
-        return f"{name}: {error['msg']}" if name else str(error["msg"])
+        said = error["msg"].removeprefix("Value error, ")
+        return f"{name}: {said}" if name else said
     for part in error["loc"][:-1]:
         model = getattr(model, "model_fields", {}).get(part)
         model = getattr(model, "annotation", None)

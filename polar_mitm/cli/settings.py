@@ -22,22 +22,28 @@ MaxTokensOption = Annotated[
 ]
 
 
-def settings_from(config: Path | None, **given: Any) -> Settings:
-    """Settings, or the end of the command with what is wrong in them."""
+def settings_from(
+    config: Path | None, source: str = "option or POLAR_MITM_ variable", /, **given: Any
+) -> Settings:
+    """Settings, or the end of the command with what is wrong in them.
+
+    Args:
+        source: where those are from that are not in `config`.
+    """
     try:
         return load(config, **given)
     except FileNotFoundError:
         fail(f"--config: there is no file {config}")
     except pydantic.ValidationError as error:
-        fail("; ".join(_complaint(each, config) for each in error.errors()))
+        fail("; ".join(_complaint(each, config or source) for each in error.errors()))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         fail(f"--config: {config} is not TOML: {error}")
     except OSError as error:
         fail(f"--config: {config} cannot be read: {error.strerror}")
 
 
-def _complaint(error: Any, config: Path | None) -> str:
+def _complaint(error: Any, source: object) -> str:
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
-        return f"there is no setting {name!r} ({config}): there are {', '.join(Settings.model_fields)}"
-    return f"setting {name} ({config or 'option or POLAR_MITM_ variable'}): {error['msg']}"
+        return f"there is no setting {name!r} ({source}): there are {', '.join(Settings.model_fields)}"
+    return f"setting {name} ({source}): {error['msg'].removeprefix('Value error, ')}"

@@ -252,13 +252,29 @@ def _until(path: Path, text: str) -> None:
         ({"sync": {"every": 2}}, "on_policy means an update after each step"),
         ({"sync": {"mode": "async", "every": 4}}, "nothing that is fresh enough"),
         ({"loss": {"max_staleness": 2}}, "sync.max_staleness is what bounds it"),
+        ({"rollouts.settings": {"nope": 1}}, "there is no setting 'nope' (rollouts.settings): there are"),
+        ({"rollouts.settings": {"file": 1}}, "there is no setting 'file' (rollouts.settings): there are"),
     ],
 )
 def test_configurations_that_make_no_sense(
     polar: Polar, configured: Callable[..., Path], tables: dict[str, Any], message: str
 ) -> None:
     told = polar("rl", configured("http://127.0.0.1:1", **tables))
-    assert told.code == 2 and message in " ".join(told.err.split())
+    assert told.code == 2 and message in " ".join(told.err.split()) and "Value error" not in told.err
+
+
+def test_a_policy_that_is_no_table(polar: Polar, tmp_path: Path) -> None:
+    path = tmp_path / "rl.toml"
+    path.write_text('out = "run"\nsteps = 1\npolicy = "x"\nengine.model = "x"\nrollouts.tasks = "t.py"\n')
+    told = polar("rl", path)
+    assert told.code == 2 and "policy: Input should be" in told.err, told.err
+
+
+def test_an_engine_that_is_not_there(polar: Polar, configured: Callable[..., Path], tmp_path: Path) -> None:
+    """It is looked at before a policy is loaded."""
+    told = polar("rl", configured("http://127.0.0.1:1"))
+    assert told.code == 3 and "http://127.0.0.1:1" in told.err, told.err
+    assert "loading the policy" not in told.err and not (tmp_path / "run").exists()
 
 
 def test_files_that_are_none(polar: Polar, tmp_path: Path) -> None:
