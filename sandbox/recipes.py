@@ -99,6 +99,7 @@ def load(name: str) -> Recipe:
 
 
 def _parse(data: dict[str, Any], file: Path) -> Recipe:
+    _check_types(data)
     run = dict(data.pop("run"))
     install, program = dict(data.pop("install", {})), run.pop("program", None)
     if bool(install) == bool(program):
@@ -118,6 +119,29 @@ def _parse(data: dict[str, Any], file: Path) -> Recipe:
     data["hosts"] = _hosts(data.get("hosts", {}))
     data.setdefault("title", file.stem)
     return Recipe(name=file.stem, install=Install(**_tuples(install)), **_tuples(run), **_tuples(data))
+
+
+def _check_types(data: dict[str, Any]) -> None:
+    """Raises ValueError where a key of a recipe holds something of another type."""
+    for name in data.keys() & {"run", "install", "env", "home"}:
+        if not isinstance(table := data[name], dict):
+            raise ValueError(f"[{name}] is a table, not {table!r}")
+        for key, value in table.items():
+            if name in ("run", "install") and key in ("argv", "model_argv", "show", "path"):
+                fits, what = _all_text(value), "a list of strings"
+            elif (name, key) == ("install", "node"):
+                fits, what = isinstance(value, bool), "true or false"
+            else:
+                fits, what = isinstance(value, str), "a string"
+            if not fits:
+                raise ValueError(f"[{name}] {key} is {what}, not {value!r}")
+    for key in data.keys() & {"title", "version"}:
+        if not isinstance(data[key], str):
+            raise ValueError(f"{key} is a string, not {data[key]!r}")
+
+
+def _all_text(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def _hosts(given: Any) -> dict[str, str]:

@@ -78,6 +78,12 @@ def test_a_program_that_is_there_already(tmp_path: Path) -> None:
         ("node = true", "nodes = true", "nodes"),
         ("{prompt}", "", "prompt"),
         ('title = "Mine"', "title = Mine", "Invalid"),
+        ('title = "Mine"', "title = 3", "title is a string, not 3"),
+        ("[run]", "[run]\nprogram = 3", "run. program is a string, not 3"),
+        ('["-m", "{model}"]', "[3]", "run. model_argv is a list of strings, not .3."),
+        ('argv = ["{model}", "--go", "--prompt={prompt}"]', 'argv = "{prompt}"', "argv is a list of strings"),
+        ("node = true", 'node = "yes"', "node is true or false, not 'yes'"),
+        ('= "sandbox"', "= 1", "env. OPENAI_API_KEY is a string, not 1"),
     ],
 )
 def test_a_mistake_is_named(tmp_path: Path, old: str, new: str, complaint: str) -> None:
