@@ -132,8 +132,9 @@ def export(
         Format, typer.Option(help="parquet: our own, which has everything; else another trainer's.")
     ] = Format.parquet,
     reward: Annotated[
-        str, typer.Option(metavar="NAME", help="Which verdict other trainers' records take.")
-    ] = "reward",
+        str | None,
+        typer.Option(metavar="NAME", help="Which verdict other trainers' records take; else as `train`."),
+    ] = None,
     min_reward: Annotated[
         float | None, typer.Option(metavar="R", help="Only rollouts that earned as much; not for parquet.")
     ] = None,

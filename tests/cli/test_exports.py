@@ -194,6 +194,36 @@ def test_sft_chat_renders(polar: Polar, judged: Path, tmp_path: Path) -> None:
     assert "One file: caf\u00e9.txt" in text and '"limit": 3' in text
 
 
+def test_which_verdict_counts_is_as_in_train(polar: Polar, tmp_path: Path) -> None:
+    def exported(*verdicts: Reward, options: tuple[str, ...] = ()) -> Any:
+        path, out = tmp_path / "s.duckdb", tmp_path / "x.parquet"
+        path.unlink(missing_ok=True)
+        with Recorder(path, share=False) as recorder:
+            for name in "AB":
+                recorder.rollout(Rollout(f"rollout-{name}", status="completed"))
+                recorder.call(sampled(f"rollout-{name}", 0, 10, 4))
+            assert all([recorder.reward(each).result(30) for each in verdicts])
+        return polar("export", "-s", path, "-o", out, "--format", "trl", "--force", *options)
+
+    only = exported(Reward("rollout-A", "score", 1.0), Reward("rollout-B", "score", float("nan")))
+    assert only.code == 0 and "1 trajectories written" in only.out and "1 score nan" in only.err
+    two = [Reward("rollout-A", "score", 1.0), Reward("rollout-A", "style", 1.0)]
+    assert "--reward: say which verdict counts: 'score', 'style'" in exported(*two).err
+    assert exported(*two, options=("--reward", "style")).code == 0
+    assert exported(*two, options=("--reward", "taste")).code == 2
+
+
+@pytest.mark.parametrize("format", ["nemo-gym", "sft-chat"])
+def test_a_request_that_was_not_stored(polar: Polar, tmp_path: Path, format: str) -> None:
+    path, out = tmp_path / "s.duckdb", tmp_path / "x.jsonl"
+    with Recorder(path, share=False) as recorder:
+        recorder.rollout(Rollout("rollout-A", status="completed"))
+        recorder.call(sampled("rollout-A", 0, 10, 4))
+        assert recorder.reward(Reward("rollout-A", "reward", 1.0)).result(30)
+    told = polar("export", "-s", path, "-o", out, "--format", format)
+    assert told.code == 0 and "1 trajectory whose last request was not stored" in told.err, told.err
+
+
 def test_what_is_context_here_is_not_trained_again(polar: Polar, tmp_path: Path) -> None:
     """Two branches share their first answer: it trains in one of them."""
     first, left = Message("assistant", [TextPart("one")]), Message("assistant", [TextPart("left")])
