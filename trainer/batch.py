@@ -37,6 +37,7 @@ class BatchJob:
     Attributes:
         kind: "train" or "sft", for the record.
         query: as `resolve_query` takes it; `reward_name` and `skip_refused` are those of `select`.
+        served_as: the model's name at the engine; trajectories of another one are refused.
         judge: of rollouts; GRPO's by default.
         num_steps: optimiser steps in all, those before a resume included; None: `num_epochs` decides.
         checkpoint_every: steps; 0 is only the last one.
@@ -51,6 +52,7 @@ class BatchJob:
     builder: str = "forest"
     reward_name: str | None = None
     skip_refused: bool = False
+    served_as: str | None = None
     judge: Judge = judge
     groups_per_step: int = 8
     num_steps: int | None = None
@@ -71,7 +73,10 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a job came to. `steps` are optimiser steps; `skipped` had nothing to teach after all."""
+    """What a job came to. `steps` are optimiser steps; `skipped` had nothing to teach after all.
+
+    `refused`, `left_out` and `model` are the snapshot's.
+    """
 
     run_id: str
     snapshot_id: str
@@ -79,6 +84,8 @@ class Summary:
     num_groups: int
     set_aside: str
     refused: dict[str, int]
+    left_out: dict[str, int]
+    model: str | None
     steps: int
     skipped: int
     stopped: bool
@@ -133,6 +140,8 @@ class BatchRun:
                 raise DataError(
                     f"{job.out} was trained on another query ({snapshot.builder}): {snapshot.query}"
                 )
+            if job.served_as not in (None, snapshot.model):
+                raise DataError(f"{job.out} was trained on what {snapshot.model!r} sampled")
             verify(reader, snapshot)
             return snapshot
         if (job.out / "run.duckdb").exists():
@@ -144,7 +153,7 @@ class BatchRun:
             resolve_query(job.query, builder=job.builder),
             builder=job.builder,
             reward_name=job.reward_name,
-            policy=policy_of(job.config.policy.model),
+            policy=policy_of(job.config.policy.model, served_as=job.served_as),
             skip_refused=job.skip_refused,
         )
         self._distributed.gather(None)  # everybody has seen that there is no run yet
@@ -248,6 +257,8 @@ class BatchRun:
             num_groups=training_set.num_groups,
             set_aside=_told(training_set.set_aside),
             refused=snapshot.refused,
+            left_out=snapshot.left_out,
+            model=snapshot.model,
             steps=learner.version,
             skipped=skipped,
             stopped=self._stop,

@@ -37,7 +37,8 @@ QueryOption = Annotated[
     str,
     typer.Option(
         metavar="SQL",
-        help="SELECT trajectory_id[, reward][, group_id] over the store's views; @FILE; or all.",
+        help="SELECT trajectory_id[, reward][, group_id] over the store's views; @FILE; all; or a name of "
+        "--sets.",
     ),
 ]
 ModelOption = Annotated[
@@ -55,7 +56,7 @@ ConfigOption = Annotated[
 ]
 RewardOption = Annotated[
     str | None,
-    typer.Option("--reward", metavar="NAME", help="Which verdict, where a rollout has several."),
+    typer.Option("--reward", metavar="NAME", help="Which verdict; else the only one, or 'reward'."),
 ]
 GroupsOption = Annotated[int, typer.Option(min=1, metavar="N", help="Groups in an optimiser step.")]
 StepsOption = Annotated[
@@ -70,6 +71,13 @@ SkipOption = Annotated[
     typer.Option(
         "--skip-refused", help="Leave out and count what cannot be trained on; else it is an error."
     ),
+]
+ServedOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The model's name at the engine; what another one sampled is refused."),
+]
+SetsOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help='TOML of names for --query: NAME = "SELECT ...".')
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where the run in --out ended.")]
 
@@ -91,6 +99,8 @@ def train(
     checkpoint_every: EveryOption = 10,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of the order; else --config's.")] = None,
     skip_refused: SkipOption = False,
+    served_as: ServedOption = None,
+    sets: SetsOption = None,
     resume: ResumeOption = False,
     json: JsonFlag = False,
 ) -> None:
@@ -116,6 +126,8 @@ def train(
             "builder": builder.value,
             "reward_name": reward,
             "skip_refused": skip_refused,
+            "served_as": served_as,
+            "sets": sets,
             "groups_per_step": groups_per_step,
             "num_steps": steps,
             "num_epochs": epochs,
@@ -144,6 +156,8 @@ def sft(
     checkpoint_every: EveryOption = 10,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of the order; else --config's.")] = None,
     skip_refused: SkipOption = False,
+    served_as: ServedOption = None,
+    sets: SetsOption = None,
     resume: ResumeOption = False,
     json: JsonFlag = False,
 ) -> None:
@@ -165,6 +179,8 @@ def sft(
             "builder": builder.value,
             "reward_name": reward,
             "skip_refused": skip_refused,
+            "served_as": served_as,
+            "sets": sets,
             "judge": accepting(min_reward),
             "groups_per_step": groups_per_step,
             "num_steps": steps,
@@ -211,15 +227,16 @@ def _run(job: dict[str, Any], config: Any, json: bool) -> None:
     need_torch()
     from polar_mitm_trainer.batch import BatchJob, BatchRun
     from polar_mitm_trainer.checkpoint import CheckpointError
+    from polar_mitm_trainer.data import resolve_query
     from polar_mitm_trainer.distributed import Distributed
     from polar_mitm_trainer.learner import BadStepError
 
+    job["query"] = resolve_query(job["query"], builder=job["builder"], sets=job.pop("sets"))
     first = os.environ.get("RANK", "0") == "0"
     if first:
         _write_trajectories(job["store"], job["builder"])
-        job["reward_name"] = job["reward_name"] or _default_reward(job["store"])
     distributed = Distributed.from_environment(config.policy.device)
-    job["reward_name"] = distributed.gather(job["reward_name"])[0]
+    distributed.gather(None)  # the trajectories are there
     try:
         run = BatchRun(BatchJob(**job, config=config), distributed)
         with _stopping(run) as came, _bar(first) as on_step:
@@ -245,13 +262,6 @@ def _write_trajectories(store: Path, builder: str) -> None:
     if missing:
         say(f"writing the trajectories of {plural(len(missing), 'rollout')} into {store}")
         write_trajectories(store, builder, set(missing))
-
-
-def _default_reward(store: Path) -> str | None:
-    """The verdict that `collect` and `rl` train by, where there are others too."""
-    with reading(store) as reader:
-        names = {each.name for each in reader.rewards()}
-    return "reward" if "reward" in names and len(names) > 1 else None
 
 
 @contextmanager
@@ -307,11 +317,15 @@ def _tell(summary: Summary, out: Path, json: bool) -> None:
         return
     if summary.refused:
         say("refused: " + ", ".join(f"{n} {why}" for why, n in summary.refused.items()), style="yellow")
+    if summary.left_out:
+        say("left out: " + ", ".join(f"{n} {why}" for why, n in summary.left_out.items()), style="yellow")
     if summary.set_aside:
         say(f"never in a step: {summary.set_aside}", style="yellow")
     tell(
         f"{plural(summary.steps, 'step')} on {plural(summary.num_groups, 'group')} of "
-        f"{plural(summary.num_trajectories, 'trajectory', 'trajectories')}, snapshot "
-        f"{summary.snapshot_id[:12]}" + ("; stopped, --resume goes on" if summary.stopped else "")
+        f"{plural(summary.num_trajectories, 'trajectory', 'trajectories')}"
+        + (f" of {summary.model!r}" if summary.model else "")
+        + f", snapshot {summary.snapshot_id[:12]}"
+        + ("; stopped, --resume goes on" if summary.stopped else "")
     )
     tell(f"{summary.checkpoint}")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from polar_mitm.store import open_reader
 from tests.cli.conftest import POLAR_MITM, Polar, finish, launch
-from tests.trainer.stores import groups, record
+from tests.trainer.stores import groups, record, rollout
 from tests.trainer.tiny import tiny_model, tiny_store
 
 pytestmark = pytest.mark.timeout(300)
@@ -109,6 +109,43 @@ def test_a_configuration_that_makes_no_sense(polar: Polar, tmp_path: Path, lines
     file.write_text(lines)
     told = polar("train", "-s", tmp_path / "none", "-m", "m", "-o", tmp_path / "out", "-c", file)
     assert told.code == 2 and message in " ".join(told.err.split()), told.err
+
+
+def test_what_cannot_enter_is_told_and_so_is_the_model(polar: Polar, model: Path, tmp_path: Path) -> None:
+    holes = [rollout(f"holes{n}", "g0", 1.0, incomplete="a call is missing") for n in range(3)]
+    bare = rollout("bare", "g0", 1.0, num_calls=1, first={"behaviour_logprobs": []})
+    store = tiny_store(tmp_path / "holes.duckdb", model, [*groups(1), *holes, bare])
+    command = ["train", "-s", store, "-m", model, "--out"]
+    told = polar(*command, tmp_path / "out")
+    assert told.code == 0, told.err
+    words = " ".join(told.err.split())
+    assert "left out: 2 sampled tokens length_mismatch, 3 incomplete_rollout (first: a call is miss" in words
+    assert " of 'tiny', snapshot " in " ".join(told.out.split())
+    told = polar(*command, tmp_path / "other", "--served-as", "large")
+    assert told.code == 2 and "6 of another model ('tiny', the policy is 'large')" in " ".join(
+        told.err.split()
+    )
+    assert polar(*command, tmp_path / "same", "--served-as", "tiny", "--json").json["model"] == "tiny"
+    told = polar(*command, tmp_path / "out", "--resume", "--served-as", "large")
+    assert told.code == 2 and "what 'tiny' sampled" in " ".join(told.err.split())
+
+
+def test_named_sets_and_a_column_reward_beside_several_verdicts(
+    polar: Polar, model: Path, tmp_path: Path
+) -> None:
+    recorded = groups(1)
+    for at, one in enumerate(recorded):
+        one.rewards = {"reward": 0.0, "style": float(at)}
+    store = tiny_store(tmp_path / "several.duckdb", model, recorded)
+    sets = tmp_path / "sets.toml"
+    sets.write_text(
+        'styled = """SELECT trajectory_id, value AS reward FROM trajectories JOIN rewards USING (rollout_id) '
+        "WHERE builder = 'forest' AND name = 'style'\"\"\"\n"
+    )
+    command = ["train", "-s", store, "-m", model, "--query", "styled", "--json", "--out", tmp_path / "out"]
+    assert "no training set 'styled'" in polar(*command).json["error"]
+    told = polar(*command, "--sets", sets)
+    assert told.code == 0 and told.json["metrics"]["reward/mean"] == 1.5, told.err
 
 
 def test_no_model_and_none_like_it(polar: Polar, store: Path, tmp_path: Path) -> None:
