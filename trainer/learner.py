@@ -25,7 +25,7 @@ from polar_mitm_trainer.metrics import combine, means
 from polar_mitm_trainer.microbatch import MicroBatch, Node
 from polar_mitm_trainer.optimiser import Optimiser
 from polar_mitm_trainer.packing import pack
-from polar_mitm_trainer.policy import Policy
+from polar_mitm_trainer.policy import Policy, PolicyError
 from polar_mitm_trainer.samples import Sample
 from polar_mitm_trainer.token_batch import BadSamplesError
 
@@ -34,6 +34,10 @@ _NAMED = 5
 
 class BadStepError(ValueError):
     """A step that was not taken, since its loss or gradient is no number. All is as it was before.
+
+    Should an update itself have broken the weights, they are taken back where a step has several updates. One
+    alone has no copy of them, and there is nothing to save any more: what was saved last is to go on from.
+    (Within the bounds of `OptimiserConfig` no update does so.)
 
     `trajectories` are those that it came from, or, if that is not known, all of that update.
     """
@@ -87,7 +91,7 @@ class Learner:
     On several ranks, each makes one and all call it alike; metrics are those of all.
 
     Raises:
-        OSError, ValueError: the policy or reference is no model that can be trained (`Policy`).
+        PolicyError: the policy or reference is no model that can be trained.
     """
 
     def __init__(self, config: TrainConfig, *, distributed: Distributed | None = None) -> None:
@@ -101,7 +105,10 @@ class Learner:
         if config.loss.kl_coefficient and (config.reference or self.policy.adapters is None):
             model = str(config.reference or config.policy.model)
             reference = config.policy.model_copy(update={"model": model})
-            self._reference = Policy(reference, self._distributed, trains=False, chunk=chunk)
+            try:
+                self._reference = Policy(reference, self._distributed, trains=False, chunk=chunk)
+            except PolicyError as error:
+                raise PolicyError(f"the reference of the KL term: {error}") from error
 
     @property
     def policy_version(self) -> str:
@@ -126,6 +133,8 @@ class Learner:
         try:
             for _ in range(self.config.optimiser.epochs):
                 updates += [self._update(part) for part in parts]
+            if not self._optimiser.finite():
+                raise BadStepError("weights that hold NaN or infinity", [s.trajectory_id for s in samples])
         except BaseException:
             self._optimiser.forget()
             if before is not None:
@@ -185,7 +194,12 @@ class Learner:
         """A checkpoint (`checkpoint`): a Hugging Face or peft folder in float32, and all that `resume` needs.
 
         `position` is whatever its owner needs to go on from here, as JSON takes it.
+
+        Raises:
+            CheckpointError: the weights hold NaN or infinity; nothing is written.
         """
+        if not self._optimiser.finite():
+            raise checkpoint.CheckpointError(f"{folder} is not written: the weights hold NaN or infinity")
         adapters, model = self.policy.adapters, self.policy.model
         weights = self._trained() if adapters else self.policy.merged(self._optimiser.masters)
         optimiser = self._optimiser.state()
@@ -210,14 +224,17 @@ class Learner:
         """Go on from a checkpoint, on as many ranks as now are; the position that it was saved with.
 
         Raises:
-            CheckpointError: it is not whole, or of another policy; nothing has changed.
+            CheckpointError: it is not whole, of another policy, or no numbers; nothing has changed.
         """
         state = checkpoint.read_state(folder)
         then, now = state["config"]["policy"]["lora"], self.config.model_dump(mode="json")["policy"]["lora"]
         if then != now:
             raise checkpoint.CheckpointError(f"{folder} was trained with lora {then}, not {now}")
+        weights = checkpoint.read_weights(folder)
+        if bad := [name for name, each in weights.items() if not each.isfinite().all()]:
+            raise checkpoint.CheckpointError(f"{folder} holds NaN or infinity in {bad[0]}")
         try:
-            self._optimiser.load(checkpoint.read_weights(folder), checkpoint.read_optimiser(folder))
+            self._optimiser.load(weights, checkpoint.read_optimiser(folder))
         except ValueError as error:
             raise checkpoint.CheckpointError(f"{folder} is of another policy: {error}") from error
         self.version = state["version"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -66,6 +67,11 @@ class Optimiser:
         self._adamw.step()
         self._round()
         self.forget()
+
+    def finite(self) -> bool:
+        """Are all weights numbers? On several ranks, all have to ask."""
+        masters = [each.detach() for each in self.masters.values()]
+        return math.isfinite(whole(torch.nn.utils.get_total_norm(masters, math.inf)))
 
     def forget(self) -> None:
         """Drop the gradients."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from polar_mitm.errors import SetupError
 from polar_mitm_trainer.attention import hidden_states, use_forest_attention
 from polar_mitm_trainer.config import LoraConfig, PolicyConfig
 from polar_mitm_trainer.distributed import Distributed, whole
@@ -23,6 +25,10 @@ from polar_mitm_trainer.logprobs import Head, token_logprobs
 from polar_mitm_trainer.microbatch import MicroBatch
 
 _ADAPTER = "default"
+
+
+class PolicyError(SetupError, ValueError):
+    """There is no such model or device, or the model cannot be trained; the message says which and why."""
 
 
 class Policy(nn.Module):
@@ -38,7 +44,7 @@ class Policy(nn.Module):
         seed: of the adapters' weights.
 
     Raises:
-        OSError, ValueError: there is no such model, or it does more than this trainer knows.
+        PolicyError: there is no such model or device, or it does more than this trainer knows.
     """
 
     def __init__(
@@ -53,15 +59,18 @@ class Policy(nn.Module):
         super().__init__()
         self._chunk = chunk
         self.config = config
+        self.device = distributed.device or _device(config)
         dtype = getattr(torch, config.dtype)
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
-        if getattr(model, "_hf_peft_config_loaded", False):
-            raise ValueError(f"{config.model} is an adapter: train on from its merged export, or resume it")
+        model = _load(config.model, dtype)
         self.model: PreTrainedModel = model
         self.adapters: PeftModel | None = None
         model.requires_grad_(trains and config.lora is None).eval()
-        if trains and config.lora is not None:
-            self.adapters = _with_adapters(model, config.lora, seed)
+        try:
+            if trains and config.lora is not None:
+                self.adapters = _with_adapters(model, config.lora, seed)
+            use_forest_attention(model, config.attention)
+        except ValueError as error:
+            raise PolicyError(f"{config.model} cannot be trained: {error}") from error
         if trains and config.gradient_checkpointing:
             # The later name is not in all versions of transformers that we run on.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -69,8 +78,6 @@ class Policy(nn.Module):
             for layer in model.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
                     layer.training = True  # of the layer alone, for its dropout has to stay off
-        use_forest_attention(model, config.attention)
-        self.device = distributed.device or _device(config.device)
         self.to(self.device)
         masters_are_parameters = trains and self.adapters is None and distributed.size > 1
         if masters_are_parameters:
@@ -129,10 +136,34 @@ class Policy(nn.Module):
         return {name.replace(".base_layer.", "."): each for name, each in weights.items()}
 
 
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def refuse_adapter(model: str) -> None:
+    """Raises PolicyError where a folder holds an adapter and no model."""
+    folder = Path(model)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise PolicyError(f"{model} is an adapter: train on from its merged export, or resume it")
+
+
+def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    refuse_adapter(name)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        where = "" if Path(name).is_dir() else "no such folder, and no model of that name can be had: "
+        raise PolicyError(f"{name} cannot be loaded: {where}{str(error).splitlines()[0]}") from error
+    for weight, each in model.named_parameters():
+        if not each.isfinite().all():
+            raise PolicyError(f"{name} cannot be trained: {weight} holds NaN or infinity")
+    return model
+
+
+def _device(config: PolicyConfig) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device(config.device if config.device != "auto" else "cuda" if count else "cpu")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise PolicyError(f"policy.device: no {device}, for this machine has {count} GPUs that torch can use")
+    if device.type == "cpu" and config.attention == "flex":
+        raise PolicyError('policy.attention: "flex" needs a GPU; "blocks" computes the same here')
+    return device
 
 
 def _with_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:

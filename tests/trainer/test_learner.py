@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from polar_mitm_trainer import checkpoint
 from polar_mitm_trainer.learner import BadStepError, Learner
+from polar_mitm_trainer.optimiser import Optimiser
+from polar_mitm_trainer.policy import PolicyError
 from polar_mitm_trainer.samples import Sample
 from tests.trainer.policies import (
     UNTIED,
@@ -195,6 +197,55 @@ def test_a_gradient_that_overflows_is_refused(model: Path, samples: list[Sample]
     assert len(raised.value.trajectories) == 8
     assert same(weights(each), before)
     assert np.isfinite(each.step(samples)["loss"])
+
+
+def test_weights_that_an_update_broke_are_taken_back_or_never_saved(
+    model: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Optimiser.update
+
+    def breaks(self: Optimiser, rate: float, grad_norm: float) -> None:
+        update(self, rate, grad_norm)
+        next(iter(self.masters.values())).detach().view(-1)[3] = np.inf
+
+    several, one = learner(model, optimiser={"updates_per_step": 2}), learner(model)
+    before = weights(several)
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimiser, "update", breaks)
+        for each in (several, one):
+            with pytest.raises(BadStepError, match=r"NaN or infinity"):
+                each.step(samples)
+            assert each.version == 0
+    with pytest.raises(checkpoint.CheckpointError, match="is not written: the weights hold NaN"):
+        one.save(tmp_path / "step-0")
+    assert not (tmp_path / "step-0").exists()
+    assert same(weights(several), before)
+
+
+def test_weights_that_are_no_numbers_are_no_beginning(samples: list[Sample], tmp_path: Path) -> None:
+    folder = policy_folder(tmp_path / "model")
+    learner(folder).save(tmp_path / "step-0")
+    good = learner(folder)
+    before = weights(good)
+    for file in (folder / "model.safetensors", tmp_path / "step-0" / "model.safetensors"):
+        broken = load_file(file)
+        broken["model.norm.weight"][0] = np.nan
+        save_file(broken, file, metadata={"format": "pt"})
+    with pytest.raises(checkpoint.CheckpointError, match=r"holds NaN or infinity in model\.norm\.weight"):
+        good.resume(tmp_path / "step-0")
+    assert same(weights(good), before)
+    with pytest.raises(PolicyError, match=r"cannot be trained: model\.norm\.weight holds NaN"):
+        learner(folder)
+
+
+def test_what_is_missing_is_told_as_what_it_is(model: Path) -> None:
+    kl = {"kl_coefficient": 0.1}
+    with pytest.raises(PolicyError, match=r"^the reference of the KL term: nowhere cannot be loaded: no"):
+        learner(model, loss=kl, reference="nowhere")
+    with pytest.raises(PolicyError, match=r"policy\.device: no cuda:77, for this machine has"):
+        learner(model, policy={"device": "cuda:77"})
+    with pytest.raises(PolicyError, match='"flex" needs a GPU'):
+        learner(model, policy={"device": "cpu", "attention": "flex"})
 
 
 def with_value(sample: Sample, field: str, value: float) -> Sample:

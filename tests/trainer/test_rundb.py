@@ -146,7 +146,7 @@ def test_no_database_is_an_error_that_names_it(tmp_path: Path, monkeypatch: pyte
 
 def test_the_last_run_while_somebody_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is waited for, and in the end named."""
-    with pytest.raises(StoreError, match="holds no run$"):
+    with pytest.raises(StoreError, match=r"holds no run$"):
         RunDB.last_run(tmp_path)
     RunDB(tmp_path, "run").begin("train", "", {"seed": 1}, None)
     path = str(tmp_path / "run.duckdb")
