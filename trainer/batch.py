@@ -8,6 +8,7 @@ several ranks every one reads the store, and the first one writes.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +27,13 @@ from polar_mitm_trainer.data import Position, Snapshot, TrainingSet, resolve_que
 from polar_mitm_trainer.distributed import Distributed
 from polar_mitm_trainer.identity import policy_of
 from polar_mitm_trainer.learner import Learner
-from polar_mitm_trainer.rundb import RunDB, step_rows
+from polar_mitm_trainer.policy import refuse_adapter
+from polar_mitm_trainer.rundb import RunDB, differences, step_rows
+from polar_mitm_trainer.sft import accepting
 from polar_mitm_trainer.shaping import Judge, judge
+
+_FREE = ("num_steps", "num_epochs", "checkpoint_every", "keep_last")  # to change when a run is resumed
+_ELSEWHERE = ("kind", "store", "query", "out", "config", "resume")  # recorded, or no option of the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +44,11 @@ class BatchJob:
         kind: "train" or "sft", for the record.
         query: as `resolve_query` takes it; `reward_name` and `skip_refused` are those of `select`.
         served_as: the model's name at the engine; trajectories of another one are refused.
-        judge: of rollouts; GRPO's by default.
+        min_reward: what a rollout must have earned to be accepted (`accepting`); None is GRPO's judge.
         num_steps: optimiser steps in all, those before a resume included; None: `num_epochs` decides.
         checkpoint_every: steps; 0 is only the last one.
-        resume: go on with what is in `out`.
+        resume: go on with what is in `out`; only how long, where it is saved and on which device may differ.
+            What is None is then as it was recorded.
     """
 
     kind: str
@@ -53,13 +60,24 @@ class BatchJob:
     reward_name: str | None = None
     skip_refused: bool = False
     served_as: str | None = None
-    judge: Judge = judge
+    min_reward: float | None = None
     groups_per_step: int = 8
     num_steps: int | None = None
     num_epochs: int = 1
     checkpoint_every: int = 10
     keep_last: int = 2
     resume: bool = False
+
+    @property
+    def judge(self) -> Judge:
+        """Of rollouts."""
+        return judge if self.min_reward is None else accepting(self.min_reward)
+
+    def record(self) -> dict[str, Any]:
+        """All that decides what a step does, as JSON takes it, for `runs.config`."""
+        own = {name: value for name, value in vars(self).items() if name not in (*_FREE, *_ELSEWHERE)}
+        told: dict[str, Any] = json.loads(json.dumps(own, default=str))
+        return {**self.config.model_dump(mode="json"), "job": told}
 
 
 @dataclass(frozen=True)
@@ -98,7 +116,7 @@ class BatchRun:
 
     Raises:
         DataError, StoreError: nothing can be trained on, or not resumed.
-        ValueError, OSError: no such policy.
+        PolicyError: no such policy, or none that can be trained.
     """
 
     def __init__(self, job: BatchJob, distributed: Distributed | None = None) -> None:
@@ -119,6 +137,9 @@ class BatchRun:
         """
         disable_progress_bar()  # those of loading and saving; ours is `on_step`
         job = self._job
+        if job.out.exists() and not job.out.is_dir():
+            raise DataError(f"{job.out} is a file, and a run takes a folder")
+        refuse_adapter(job.config.policy.model)
         with open_reader(job.store) as reader:
             snapshot = self._snapshot(reader)
             training_set = TrainingSet(
@@ -142,6 +163,7 @@ class BatchRun:
                 )
             if job.served_as not in (None, snapshot.model):
                 raise DataError(f"{job.out} was trained on what {snapshot.model!r} sampled")
+            self._run_id, self._record = self._recorded_as()
             verify(reader, snapshot)
             return snapshot
         if (job.out / "run.duckdb").exists():
@@ -156,11 +178,26 @@ class BatchRun:
             policy=policy_of(job.config.policy.model, served_as=job.served_as),
             skip_refused=job.skip_refused,
         )
+        self._run_id, self._record = self._recorded_as()
         self._distributed.gather(None)  # everybody has seen that there is no run yet
-        if self._first:
-            job.out.mkdir(parents=True, exist_ok=True)
-            snapshot.save(path)
         return snapshot
+
+    def _recorded_as(self) -> tuple[str, dict[str, Any]]:
+        """The run's id and what is recorded of its options; raises DataError where a resume changes them."""
+        job, now = self._job, self._job.record()
+        if not job.resume:
+            return new_id(), now
+        run_id, kind, then = RunDB.recorded(job.out)
+        left_out = [name for name, value in now["job"].items() if value is None]
+        now["job"] |= {name: then.get("job", {}).get(name) for name in left_out}
+        found = differences({"kind": kind, **then}, {"kind": job.kind, **now})
+        if found := [each for each in found if not each.startswith("policy.device:")]:
+            raise DataError(
+                f"{job.out} was begun with other options ({'; '.join(found)}): give those that it was begun "
+                "with again, all but steps, epochs, checkpoints and the device; or name another folder"
+            )
+        self._distributed.gather(None)  # everybody has read it
+        return run_id, now
 
     def _resumed(self, learner: Learner) -> Position:
         folder = checkpoint.latest(self._job.out / "checkpoints")
@@ -175,8 +212,14 @@ class BatchRun:
             yield None, None
             return
         job = self._job
-        db = RunDB(job.out, RunDB.last_run(job.out) if job.resume else new_id())
-        db.begin(job.kind, job.out.name, job.config.model_dump(mode="json"), job.store)
+        if not job.resume:
+            try:
+                job.out.mkdir(parents=True, exist_ok=True)
+                snapshot.save(job.out / "snapshot.json")
+            except OSError as error:
+                raise DataError(f"{job.out} cannot be written to: {error.strerror}") from error
+        db = RunDB(job.out, self._run_id)
+        db.begin(job.kind, job.out.name, self._record, job.store)
         db.snapshot(
             snapshot.snapshot_id,
             snapshot.query,

@@ -167,8 +167,6 @@ def sft(
     that trains, in the context that it was sampled in; all tokens weigh the
     same. The rest is as in `train`.
     """
-    from polar_mitm_trainer.sft import accepting
-
     given = _config(config, model, seed, {"name": "sft"})
     _run(
         {
@@ -181,7 +179,7 @@ def sft(
             "skip_refused": skip_refused,
             "served_as": served_as,
             "sets": sets,
-            "judge": accepting(min_reward),
+            "min_reward": min_reward,
             "groups_per_step": groups_per_step,
             "num_steps": steps,
             "num_epochs": epochs,
@@ -226,10 +224,8 @@ def _config(file: Path | None, model: str | None, seed: int | None, loss: dict[s
 def _run(job: dict[str, Any], config: Any, json: bool) -> None:
     need_torch()
     from polar_mitm_trainer.batch import BatchJob, BatchRun
-    from polar_mitm_trainer.checkpoint import CheckpointError
     from polar_mitm_trainer.data import resolve_query
     from polar_mitm_trainer.distributed import Distributed
-    from polar_mitm_trainer.learner import BadStepError
 
     job["query"] = resolve_query(job["query"], builder=job["builder"], sets=job.pop("sets"))
     first = os.environ.get("RANK", "0") == "0"
@@ -241,10 +237,10 @@ def _run(job: dict[str, Any], config: Any, json: bool) -> None:
         run = BatchRun(BatchJob(**job, config=config), distributed)
         with _stopping(run) as came, _bar(first) as on_step:
             summary = run.run(on_step)
-    except (BadStepError, CheckpointError) as error:
+    except SetupError:
+        raise
+    except ValueError as error:  # a step, a checkpoint, a trajectory that is too long: each says what
         fail(str(error))
-    except (ValueError, OSError) as error:
-        raise SetupError(f"{config.policy.model} cannot be trained: {error}") from error
     finally:
         distributed.close()
     if first:

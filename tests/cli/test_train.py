@@ -155,6 +155,22 @@ def test_no_model_and_none_like_it(polar: Polar, store: Path, tmp_path: Path) ->
     assert told.code == 4 and "nothing" in told.err
 
 
+def test_each_is_told_as_what_it_is(polar: Polar, store: Path, model: Path, tmp_path: Path) -> None:
+    command = ["train", "-s", store, "-o", tmp_path / "out"]
+    short, kl = tmp_path / "short.toml", tmp_path / "kl.toml"
+    short.write_text("[packing]\nmax_tokens = 3\n")
+    kl.write_text("reference = 'nowhere'\n[loss]\nkl_coefficient = 0.1\n")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    for options, code, message in (
+        (["-m", model, "-c", short], 2, "raise packing.max_tokens"),
+        (["-m", model, "-c", kl], 4, "the reference of the KL term: nowhere cannot be loaded"),
+        (["-m", tmp_path / "adapter"], 4, "is an adapter: train on from its merged export"),
+    ):
+        told = polar(*command[:-1], tmp_path / f"out-{code}-{len(message)}", *options, "--json")
+        assert told.code == code and message in told.json["error"], told.json
+
+
 def test_another_tokenizer(polar: Polar, model: Path, tmp_path: Path) -> None:
     store = record(tmp_path / "other.duckdb", groups())
     told = polar("train", "-s", store, "-m", model, "--out", tmp_path / "out")

@@ -9,14 +9,16 @@ from pathlib import Path
 import duckdb
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from polar_mitm_trainer import batch
 from polar_mitm_trainer.account import DataError, NothingToLearn
 from polar_mitm_trainer.batch import BatchJob, BatchRun, StepDone, Summary
-from polar_mitm_trainer.config import TrainConfig
+from polar_mitm_trainer.config import PolicyConfig, TrainConfig
 from polar_mitm_trainer.learner import BadStepError, Learner
+from polar_mitm_trainer.policy import PolicyError
+from polar_mitm_trainer.rundb import RunDB
 from tests.trainer.stores import groups, record, rollout
 from tests.trainer.tiny import tiny_model, tiny_store
 
@@ -146,6 +148,46 @@ def test_a_run_is_not_overwritten_nor_mixed(job: BatchJob) -> None:
     other = "SELECT trajectory_id FROM trajectories LIMIT 6"
     with pytest.raises(DataError, match="was trained on another query"):
         BatchRun(replace(job, resume=True, query=other)).run()
+
+
+def test_a_resume_changes_nothing_but_how_long(job: BatchJob) -> None:
+    BatchRun(replace(job, num_steps=1)).run()
+    recorded = RunDB.recorded(job.out)
+    config = job.config
+    for change, message in (
+        ({"groups_per_step": 1}, r"\(job\.groups_per_step: 2, now 1\)"),
+        ({"kind": "sft", "min_reward": 0.5}, r'kind: "train", now "sft"; job\.min_reward: null, now 0\.5'),
+        ({"reward_name": "nope"}, r'job\.reward_name: null, now "nope"'),
+        ({"config": config.model_copy(update={"seed": 7})}, r"\(seed: 0, now 7\)"),
+        (
+            {"config": config.model_copy(update={"policy": PolicyConfig(model="other")})},
+            r'policy\.model: ".*", now "other"',
+        ),
+    ):
+        with pytest.raises(DataError, match=message):
+            BatchRun(replace(job, resume=True, **change)).run()  # type: ignore[arg-type]
+    assert RunDB.recorded(job.out) == recorded
+    on_cpu = config.model_copy(update={"policy": config.policy.model_copy(update={"device": "cpu"})})
+    assert BatchRun(replace(job, resume=True, config=on_cpu, num_steps=2)).run().steps == 2
+
+
+def test_a_model_of_no_numbers_leaves_nothing(job: BatchJob, tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = job.config.model_copy(update={"policy": PolicyConfig(model=str(folder))})
+    with pytest.raises(PolicyError, match="holds NaN"):
+        BatchRun(replace(job, config=config)).run()
+    assert not job.out.exists()
+
+
+def test_where_no_run_can_be(job: BatchJob, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file is a file, and a run takes a folder"):
+        BatchRun(replace(job, out=tmp_path / "file")).run()
+    with pytest.raises(DataError, match="cannot be written to: Not a directory"):
+        BatchRun(replace(job, out=tmp_path / "file" / "run")).run()
 
 
 def test_nothing_to_resume(job: BatchJob) -> None:

@@ -68,7 +68,7 @@ def test_a_job_makes_accepted_answers_likelier(config: TrainConfig, tmp_path: Pa
         query="all",
         out=tmp_path / "run",
         config=config,
-        judge=accepting(1.0),
+        min_reward=1.0,
         num_epochs=4,
         groups_per_step=3,
     )
@@ -78,4 +78,4 @@ def test_a_job_makes_accepted_answers_likelier(config: TrainConfig, tmp_path: Pa
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.1
     assert summary.num_groups == 3 and done[0].metrics["rollouts/rejected"] == 6
     with pytest.raises(NothingToLearn):
-        BatchRun(replace(job, out=tmp_path / "none", judge=accepting(2.0))).run()
+        BatchRun(replace(job, out=tmp_path / "none", min_reward=2.0)).run()
