@@ -266,11 +266,15 @@ class ModelCall(Struct):
 RolloutStatus = Literal["running", "completed", "failed", "timeout", "interrupted"]
 
 
+EVALUATION = "evaluation:"
+
+
 class Rollout(Struct):
     """One harness run of one task. `incomplete` says why its record has holes; None means it has none.
 
     `keep_reasoning`: whether a continuation keeps reasoning that the chat template drops from history.
-    `forked_from` is "<rollout_id>/<call_id>" where a replay turned live.
+    `forked_from` is "<rollout_id>/<call_id>" where a replay turned live. A `group_id` that begins with
+    `EVALUATION` is of a task that measures, and is not to be trained on.
     """
 
     rollout_id: str

@@ -17,6 +17,7 @@ from polar_mitm.errors import StoreError
 from polar_mitm.rewards import which_counts
 from polar_mitm.store import StoreReader
 from polar_mitm.store.rows import quote
+from polar_mitm.types import EVALUATION
 from polar_mitm_trainer.account import DataError
 from polar_mitm_trainer.advantages import is_usable
 from polar_mitm_trainer.listing import Listed, Listing
@@ -29,7 +30,7 @@ _ALL = """
     SELECT trajectory_id FROM trajectories
     WHERE builder = {} AND num_trained > 0 AND rollout_id IN (
         SELECT rollout_id FROM rollouts GROUP BY rollout_id HAVING count(*) = 1 AND count(incomplete) = 0
-    )
+    ) AND NOT starts_with(coalesce(group_id, ''), {})
 """
 _CHUNK = 4 << 20  # tokens in memory while rows are digested
 
@@ -59,7 +60,7 @@ def resolve_query(text: str, *, builder: str = "forest", sets: Path | None = Non
     """The SQL behind `--query`: SQL itself, `@FILE` with SQL in it, or the name of a set.
 
     Sets are in the TOML file `sets`, NAME = "SELECT ..."; "all" is every trajectory of `builder` in which
-    something trains, of complete rollouts.
+    something trains, of complete rollouts that are not an evaluation's (`types.EVALUATION`).
 
     Raises:
         DataError: a file cannot be read, or there is no set of this name.
@@ -69,7 +70,7 @@ def resolve_query(text: str, *, builder: str = "forest", sets: Path | None = Non
         return _read(Path(text[1:])).strip()
     if not _NAME.fullmatch(text):
         return text
-    named: dict[str, Any] = {ALL: _ALL.format(quote(builder)).strip()}
+    named: dict[str, Any] = {ALL: _ALL.format(quote(builder), quote(EVALUATION)).strip()}
     if sets is not None:
         try:
             named |= tomllib.loads(_read(sets))
@@ -160,7 +161,9 @@ def select(
         reward = verdicts.get(rollout.rollout_id)
         if rollout.rollout_id in rollout_ids or (reward is None and not has_rewards):
             continue
-        if rollout.incomplete is not None:
+        if in_all and (rollout.group_id or "").startswith(EVALUATION):
+            left_out["rollouts of evaluations"] += 1
+        elif rollout.incomplete is not None:
             left_out["incomplete_rollout"] += 1
             examples.setdefault("incomplete_rollout", rollout.incomplete)
         elif reward is not None and not listing.trains(rollout.rollout_id):

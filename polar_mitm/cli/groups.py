@@ -171,7 +171,7 @@ class GroupRunner:
         await asyncio.to_thread(workspace.remove, self._folder)
 
     async def run(
-        self, tasks: Iterable[Task], group_size: int, max_groups: int | None = None
+        self, tasks: Iterable[Task], group_size: int, max_groups: int | None = None, *, prefix: str = ""
     ) -> AsyncGenerator[Group, None]:
         """Every task's group, as they end; only as far ahead of who takes them as `max_groups` allows.
 
@@ -179,6 +179,7 @@ class GroupRunner:
             tasks: in this order, maybe endless; the next one is asked for when there is room for it. Where
                 there is none for now, it is asked for again when the next group is.
             max_groups: begun and not yet taken, at most; what keeps all harnesses busy by default.
+            prefix: what their group ids begin with.
 
         Raises:
             TaskError: the source of tasks fails; what is under way is interrupted.
@@ -191,7 +192,7 @@ class GroupRunner:
                     task = await asyncio.to_thread(next, source, None)  # may take its time
                     if task is None:
                         break
-                    under_way.add(begun := asyncio.create_task(self._group(task, group_size)))
+                    under_way.add(begun := asyncio.create_task(self._group(task, group_size, prefix)))
                     self._groups.add(begun)
                 if not under_way:
                     return
@@ -204,8 +205,8 @@ class GroupRunner:
             await _cancel(under_way)
             self._groups -= under_way
 
-    async def _group(self, task: Task, group_size: int) -> Group:
-        group_id = f"{task.task_id}/{new_id()}"  # a task that comes again is another group
+    async def _group(self, task: Task, group_size: int, prefix: str) -> Group:
+        group_id = f"{prefix}{task.task_id}/{new_id()}"  # a task that comes again is another group
         async with asyncio.TaskGroup() as together:
             each = [together.create_task(self._one(task, group_id, index)) for index in range(group_size)]
         return Group(group_id, task, tuple(one.result() for one in each))

@@ -28,6 +28,7 @@ from polar_mitm.cli.rl_read import finished
 from polar_mitm.cli.rl_sync import Sync
 from polar_mitm.errors import EngineUnfit, SetupError
 from polar_mitm.tasks import Task, load_tasks
+from polar_mitm.types import EVALUATION
 from polar_mitm_trainer.account import Account, NothingToLearn
 from polar_mitm_trainer.fanout import samples_of
 from polar_mitm_trainer.rundb import RunDB, step_rows
@@ -238,7 +239,7 @@ class RlLoop:
         tasks = islice(load_tasks(self._config.rollouts.tasks, told.split, self._config.seed), told.num_tasks)
         means: list[float] = []
         unjudged = 0
-        async with aclosing(self._runner.run(tasks, told.samples)) as groups:
+        async with aclosing(self._runner.run(tasks, told.samples, prefix=EVALUATION)) as groups:
             async for group in groups:
                 unjudged += len(group.rollouts) - len(group.rewards)
                 if group.rewards:

@@ -44,10 +44,11 @@ class World:
         self.go_on = threading.Event()
         self.go_on.set()
         self.begun: list[int] = []
+        self.group_ids: list[str] = []
 
     # runner
     async def run(
-        self, tasks: Iterable[Task], group_size: int, max_groups: int | None = None
+        self, tasks: Iterable[Task], group_size: int, max_groups: int | None = None, *, prefix: str = ""
     ) -> AsyncIterator[Group]:
         """As the real one: at most `max_groups` are begun and not yet taken."""
         source, begun = iter(tasks), []
@@ -55,14 +56,15 @@ class World:
             while len(begun) < (max_groups or 2) and (task := next(source, None)):
                 self.made += 1
                 self.begun.append(self.version)
-                begun.append(self._group(task, group_size))
+                begun.append(self._group(task, group_size, prefix))
             if not begun:
                 return
             yield begun[0]
             begun.pop(0)
 
-    def _group(self, task: Task, size: int) -> Group:
-        group_id = f"{task.task_id}/{self.made}"
+    def _group(self, task: Task, size: int, prefix: str) -> Group:
+        group_id = f"{prefix}{task.task_id}/{self.made}"
+        self.group_ids.append(group_id)
         rewards = (self.rewards * size)[:size]
         rollouts = tuple(
             GroupRollout(
@@ -196,6 +198,9 @@ async def test_evaluations(world: World, loop: Start) -> None:
         "evaluated 0: 0.5", "evaluated 2: 0.5", "evaluated 3: 0.5",
     ]  # fmt: skip
     assert [name for name, _ in world.saved] == ["step-1", "step-2", "step-3"]
+    # Who trains on the store later can tell them apart.
+    assert all(each.startswith("evaluation:") == ("test-" in each) for each in world.group_ids)
+    assert sum("test-" in each for each in world.group_ids) == 6
 
 
 async def test_evaluations_are_of_the_newest_weights(world: World, loop: Start) -> None:

@@ -54,6 +54,17 @@ def test_all_is_what_trains_of_complete_rollouts(tmp_path: Path) -> None:
     assert len(per_request.rows) == sum(len(one.calls) for one in some[:4])
 
 
+def test_all_leaves_evaluations_out(tmp_path: Path) -> None:
+    """What `rl` measured with is not trained on unless a query asks for it."""
+    some = [*groups(1), rollout("e0", "evaluation:t/1", 0.0), rollout("e1", "evaluation:t/1", 1.0)]
+    path = record(tmp_path / "s.duckdb", some)
+    found = selected(path, resolve_query("all"))
+    assert {row.group_id for row in found.rows} == {"g0"}
+    assert found.left_out["rollouts of evaluations"] == 2
+    asked = selected(path)
+    assert len({row.rollout_id for row in asked.rows}) == 6 and not asked.left_out
+
+
 def test_rewards_and_groups_in_the_query(store: Path) -> None:
     query = """
         SELECT t.trajectory_id, r.harness || 'whole' AS group_id, t.num_trained AS other,
