@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,20 +20,9 @@ def is_usable(reward: float) -> bool:
     return abs(reward) <= _MOST
 
 
-@dataclass(frozen=True, slots=True)
-class GroupCounts:
-    """What became of the groups of a step, each in one of the first four; the last counts rollouts."""
-
-    num_used: int = 0
-    num_zero_variance: int = 0
-    num_of_one: int = 0  # rollouts with a reward
-    num_empty: int = 0
-    num_unrewarded: int = 0
-
-
 def group_advantages(
     rewards: Sequence[float | None], groups: Sequence[str], config: AdvantageConfig
-) -> tuple[NDArray[np.float64], GroupCounts]:
+) -> NDArray[np.float64]:
     """Advantages [R] of rollouts with `rewards` [R] in `groups` [R] (ids); NaN for those that have none.
 
     A rollout without reward is left out, and so are groups in which fewer than two have one or all have the
@@ -55,20 +43,16 @@ def group_advantages(
         members[group].append(at)
 
     advantages = np.full(len(values), np.nan)
-    used = zero = single = empty = 0
     for group_members in members.values():
         rewarded = [at for at in group_members if given[at]]
         n = len(rewarded)
         if n < 2:
-            single, empty = single + n, empty + 1 - n
             continue
         centred = values[rewarded] - values[rewarded].mean()
         std = float(np.sqrt(centred @ centred / (n - 1)))
         if std <= _ZERO:
-            zero += 1
             continue
-        used += 1
         if config.leave_one_out:
             centred *= n / (n - 1)
         advantages[rewarded] = centred / (std + _EPSILON) if config.std else centred
-    return advantages, GroupCounts(used, zero, single, empty, int((~given).sum()))
+    return advantages

@@ -44,7 +44,7 @@ def judge(rollouts: Sequence[Outcome], config: TrainConfig) -> tuple[list[Verdic
     reasons = [unfit(outcome) for outcome in rollouts]
     rewards = [None if why else _shaped(o, config.loss) for o, why in zip(rollouts, reasons, strict=True)]
     groups = [outcome.group_id for outcome in rollouts]
-    advantages, _ = group_advantages(rewards, groups, config.advantage)
+    advantages = group_advantages(rewards, groups, config.advantage)
     rewarded = Counter(group for group, reward in zip(groups, rewards, strict=True) if reward is not None)
     account = Account()
     verdicts = []

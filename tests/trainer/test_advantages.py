@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_mitm_trainer.advantages import GroupCounts, group_advantages
+from polar_mitm_trainer.advantages import group_advantages
 from polar_mitm_trainer.config import AdvantageConfig
 from tests.trainer import float64
 
@@ -26,7 +26,7 @@ def test_they_equal_the_slow_reference(
 ) -> None:
     rewards, groups = [reward for reward, _ in step], [group for _, group in step]
     config = AdvantageConfig(std=std, leave_one_out=leave_one_out)
-    found, counts = group_advantages(rewards, groups, config)
+    found = group_advantages(rewards, groups, config)
     known = float64.advantages(rewards, groups, std, leave_one_out)
     assert found.shape == (len(step),) and found.dtype == np.float64
     np.testing.assert_allclose(
@@ -35,22 +35,17 @@ def test_they_equal_the_slow_reference(
     for group in set(groups):
         of_group = found[[each == group for each in groups]]
         assert np.isnan(of_group).all() or abs(np.nansum(of_group)) < 1e-9, "no group moves as a whole"
-    num_groups = counts.num_used + counts.num_zero_variance + counts.num_of_one + counts.num_empty
-    assert num_groups == len(set(groups))
-    assert counts.num_unrewarded == rewards.count(None)
-    assert counts.num_used == len({g for g, a in zip(groups, known, strict=True) if a is not None})
 
 
-def test_groups_that_teach_nothing_are_left_out_and_counted() -> None:
+def test_groups_that_teach_nothing_are_left_out() -> None:
     rewards = [1.0, 0.0, None, 0.7, 0.7, 3.0, None, None]
-    found, counts = group_advantages(rewards, list("aaabbcdd"), AdvantageConfig(std=False))
+    found = group_advantages(rewards, list("aaabbcdd"), AdvantageConfig(std=False))
     np.testing.assert_array_equal(found, [0.5, -0.5] + [np.nan] * 6)
-    assert counts == GroupCounts(num_used=1, num_zero_variance=1, num_of_one=1, num_empty=1, num_unrewarded=3)
 
 
 def test_equal_rewards_that_rounding_parts_are_equal() -> None:
-    found, counts = group_advantages([0.1 + 0.2, 0.3, 0.3], ["a"] * 3, AdvantageConfig())
-    assert np.isnan(found).all() and counts.num_zero_variance == 1
+    found = group_advantages([0.1 + 0.2, 0.3, 0.3], ["a"] * 3, AdvantageConfig())
+    assert np.isnan(found).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1e308, -1e31])

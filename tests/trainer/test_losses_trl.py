@@ -153,7 +153,7 @@ class Oracle:
     def ours(self, config: LossConfig, advantage: AdvantageConfig) -> tuple[float, dict[str, Tensor], Any]:
         """From the same rollouts, by this project's code alone."""
         groups = [f"group-{number // 4}" for number in range(len(REWARDS))]
-        advantages, _ = group_advantages(REWARDS, groups, advantage)
+        advantages = group_advantages(REWARDS, groups, advantage)
         samples = weigh(
             [sample(each, number, advantages[number]) for number, each in enumerate(self.rollouts)],
             resolve(config).aggregation,
@@ -277,7 +277,7 @@ def test_loss_and_gradients_are_trls(oracle: Oracle, name: str) -> None:
         assert 0 < metrics["corrected"] < 1
     if name == "grpo":
         groups = [number // 4 for number in range(len(REWARDS))]
-        advantages, _ = group_advantages(REWARDS, [str(group) for group in groups], advantage)
+        advantages = group_advantages(REWARDS, [str(group) for group in groups], advantage)
         np.testing.assert_allclose(np.nan_to_num(advantages), inputs["advantages"], atol=1e-6)
 
 
