@@ -130,8 +130,7 @@ def test_a_step_leads_to_wire_bytes(run: Run) -> None:
             "JOIN wire w ON w.call_id = span.call_id WHERE w.response_body IS NOT NULL"
         ).fetchone() or (0, 0, 0)
     assert 0 < steps <= STEPS
-    assert 0 < rows <= STEPS * GROUPS * GROUP_SIZE
-    assert rows < found  # most rollouts make more than one call
+    assert 0 < rows < found  # most rollouts make more than one call
 
 
 async def test_the_last_checkpoint_scores_the_same_in_transformers_and_in_an_engine(
@@ -153,6 +152,6 @@ async def test_the_last_checkpoint_scores_the_same_in_transformers_and_in_an_eng
                 "--weights", f"{model}@{version}", "--tolerance", ROUNDING, "--json",
             )  # fmt: skip
             assert done.code == 0, (how, done.out, done.err)
-            assert done.json()["drift"]["num_scored"] > 0
+            assert done.json()["drift"]["num_tokens"] > 0
     finally:
         engine.down(cache)
