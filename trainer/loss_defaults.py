@@ -18,10 +18,11 @@ class LossDefaults:
 
 
 DEFAULTS: dict[LossName, LossDefaults] = {
-    "grpo": LossDefaults(0.2, 0.2, "sequence"),  # arXiv 2402.03300
+    # Where a rollout is one trajectory, "rollout" is what the papers say: an output counts once, however long.
+    "grpo": LossDefaults(0.2, 0.2, "rollout"),  # arXiv 2402.03300
     "dr_grpo": LossDefaults(0.2, 0.2, "constant"),  # 2503.20783; needs `constant`
     "dapo": LossDefaults(0.2, 0.28, "token"),  # 2503.14476
-    "gspo": LossDefaults(3e-4, 4e-4, "sequence"),  # 2507.18071, section 5.1
+    "gspo": LossDefaults(3e-4, 4e-4, "rollout"),  # 2507.18071, section 5.1
     "sft": LossDefaults(0.0, 0.0, "token"),  # clips nothing
     "cispo": LossDefaults(1.0, 4.0, "token"),  # 2506.13585 leaves low open; at most 5 as in 2510.13786
 }

@@ -45,8 +45,8 @@ def weigh(samples: Sequence[Sample], how: Aggregation, *, constant: float | None
     """The samples of one whole step with the weights of an aggregation, so that losses are just summed.
 
     "token": every trained token of the step weighs the same (DAPO, arXiv 2503.14476). "sequence": every
-    trajectory does, its tokens share (GRPO, arXiv 2402.03300). "rollout": every rollout does, so that a
-    session that splits into ten trajectories does not weigh ten. "constant": a token weighs
+    trajectory does, its tokens share. "rollout": every rollout does, so that a session that splits into ten
+    trajectories does not weigh ten; with one trajectory each that is GRPO's (arXiv 2402.03300). "constant": a token weighs
     1 / (`constant` x number of rollouts), whatever the lengths (Dr. GRPO, arXiv 2503.20783).
 
     Raises:
