@@ -18,7 +18,7 @@ class LossDefaults:
 
 
 DEFAULTS: dict[LossName, LossDefaults] = {
-    # Where a rollout is one trajectory, "rollout" is what the papers say: an output counts once, however long.
+    # Where a rollout is one trajectory, "rollout" is what the papers say: each output counts once.
     "grpo": LossDefaults(0.2, 0.2, "rollout"),  # arXiv 2402.03300
     "dr_grpo": LossDefaults(0.2, 0.2, "constant"),  # 2503.20783; needs `constant`
     "dapo": LossDefaults(0.2, 0.28, "token"),  # 2503.14476

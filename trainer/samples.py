@@ -46,8 +46,9 @@ def weigh(samples: Sequence[Sample], how: Aggregation, *, constant: float | None
 
     "token": every trained token of the step weighs the same (DAPO, arXiv 2503.14476). "sequence": every
     trajectory does, its tokens share. "rollout": every rollout does, so that a session that splits into ten
-    trajectories does not weigh ten; with one trajectory each that is GRPO's (arXiv 2402.03300). "constant": a token weighs
-    1 / (`constant` x number of rollouts), whatever the lengths (Dr. GRPO, arXiv 2503.20783).
+    trajectories does not weigh ten; with one trajectory each that is GRPO's (arXiv 2402.03300).
+    "constant": a token weighs 1 / (`constant` x number of rollouts), whatever the lengths (Dr. GRPO, arXiv
+    2503.20783).
 
     Raises:
         ValueError: "constant" without a positive constant.
