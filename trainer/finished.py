@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from polar_mitm.columns import RolloutColumns
 from polar_mitm.reconstruct import Builder, BuildReport, build
+from polar_mitm.store.trajectories import BuiltTrajectory
 from polar_mitm.types import Message, ModelCall, Rollout, RolloutStatus
 from polar_mitm_trainer.tool_calls import is_malformed
 
@@ -35,23 +34,11 @@ class Span(Protocol):
     def policy_version_last(self) -> str | None: ...
 
 
-class TrajectoryArrays(Protocol):
+class TrajectoryArrays(BuiltTrajectory, Protocol):
     """A trajectory: reconstruction's, or a stored one. Arrays [T] are int32, uint8 and float32 in nats."""
 
     @property
-    def trajectory_id(self) -> str: ...
-    @property
-    def role(self) -> str: ...
-    @property
-    def token_ids(self) -> NDArray[np.int32]: ...
-    @property
-    def loss_mask(self) -> NDArray[np.uint8]: ...
-    @property
-    def behaviour_logprobs(self) -> NDArray[np.float32]: ...
-    @property
     def spans(self) -> Sequence[Span]: ...
-    @property
-    def policy_version_min(self) -> str | None: ...
 
 
 class Built(msgspec.Struct, frozen=True):
