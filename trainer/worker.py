@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from types import TracebackType
@@ -143,16 +143,16 @@ class Worker:
         self.stop()
 
     def _connect(self, key: bytes, rank: int) -> Connection:
-        address = str(_socket(Path(self._folder.name), rank))
-        while True:
-            if self._process.poll() is not None:
-                raise self._lost("did not start")
-            try:
-                return Client(address, "AF_UNIX", authkey=key)
-            except (FileNotFoundError, ConnectionRefusedError):
-                time.sleep(_POLL_S)
-            except (EOFError, OSError):
-                raise self._lost("did not start") from None
+        with _address(Path(self._folder.name), rank) as address:
+            while True:
+                if self._process.poll() is not None:
+                    raise self._lost("did not start")
+                try:
+                    return Client(address, "AF_UNIX", authkey=key)
+                except (FileNotFoundError, ConnectionRefusedError):
+                    time.sleep(_POLL_S)
+                except (EOFError, OSError):
+                    raise self._lost("did not start") from None
 
     def _ask(self, command: str, *arguments: Any) -> Any:
         with self._one:
@@ -226,8 +226,14 @@ class _Server:
         return self.learner.version
 
 
-def _socket(folder: Path, rank: int) -> Path:
-    return folder / f"rank-{rank}"
+@contextlib.contextmanager
+def _address(folder: Path, rank: int) -> Iterator[str]:
+    """Of a rank's socket: by descriptor, since a path below a long `TMPDIR` would pass the 108 bytes of one."""
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{descriptor}/rank-{rank}"
+    finally:
+        os.close(descriptor)
 
 
 def main(folder: Path, device: str) -> None:
@@ -239,7 +245,7 @@ def main(folder: Path, device: str) -> None:
     disable_progress_bar()
     distributed = Distributed.from_environment(device)
     key = (folder / "key").read_bytes()
-    with Listener(str(_socket(folder, distributed.rank)), "AF_UNIX", authkey=key) as listener:
+    with _address(folder, distributed.rank) as address, Listener(address, "AF_UNIX", authkey=key) as listener:
         connection = listener.accept()
     server = _Server(distributed)
     with connection, contextlib.suppress(EOFError, OSError):

@@ -110,6 +110,17 @@ def test_no_such_model(tmp_path: Path) -> None:
         Worker(config, tmp_path / "worker.log")
 
 
+def test_below_a_long_temporary_folder(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket's path has room for 107 bytes."""
+    far = tmp_path / ("far" * 40)
+    far.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(far))
+    with Worker(config, tmp_path / "worker.log") as worker:
+        assert worker.version() == 0
+
+
 def test_strangers_do_not_get_in(config: TrainConfig, tmp_path: Path) -> None:
     """Its folder is this user's alone."""
     with Worker(config, tmp_path / "worker.log") as worker:
