@@ -228,7 +228,7 @@ class _Server:
 
 @contextlib.contextmanager
 def _address(folder: Path, rank: int) -> Iterator[str]:
-    """Of a rank's socket: by descriptor, since a path below a long `TMPDIR` would pass the 108 bytes of one."""
+    """Of a rank's socket: by descriptor, as the path below a long `TMPDIR` passes the 108 bytes of one."""
     descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{descriptor}/rank-{rank}"
