@@ -13,6 +13,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+Provider = Literal["anthropic", "openai", "google"]
+
 
 class Settings(BaseSettings):
     """What a capture can be told. Arguments win over the environment, the environment over the file.
@@ -44,7 +46,7 @@ class Settings(BaseSettings):
     keepalive_s: float = 10.0
     retry_after_s: int = 5
 
-    hosts: dict[Annotated[str, StringConstraints(to_lower=True)], Literal["anthropic", "openai"]] = Field(
+    hosts: dict[Annotated[str, StringConstraints(to_lower=True)], Provider] = Field(
         default_factory=dict, description="more provider hosts: name -> provider"
     )
     flush_interval_s: float = 0.02  # commits begin at least this far apart; a lone call does not wait

@@ -25,6 +25,7 @@ from polar_mitm.config import Settings
 from polar_mitm.continuation import Continued, Steps, go_on, remembering
 from polar_mitm.dialects.base import Dialect, Reply, StreamEncoder
 from polar_mitm.dialects.ids import minted, new_id
+from polar_mitm.dialects.roles import caller
 from polar_mitm.errors import PolarError
 from polar_mitm.lineage import Found, Lineage
 from polar_mitm.types import (
@@ -135,7 +136,8 @@ class Exchange:
         call.route = f"{wire.method} {wire.path.partition('?')[0]}"
         try:
             request = self._dialect.decode(wire.request_body, headers, wire.path)
-            call.role = self._dialect.role(headers, request)
+            who = caller(self._dialect.name, headers, request)
+            call.role, call.agent_id = who.role, who.agent_id
             call.sampling_requested = request.sampling
             call.sampling = self._decide(request.sampling)
             call.upstream_body = vllm.build_body(request, call.sampling, self._engine)

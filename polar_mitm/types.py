@@ -113,7 +113,8 @@ class ChatRequest(Struct):
 
     `sampling` is what the harness asked, not what is used (the rollout's configuration decides that).
     `notes` lists, in a fixed vocabulary such as `dropped:billing_header` or `withheld:web_search`, what the
-    translation left out on purpose; it is stored with the call.
+    translation left out on purpose; it is stored with the call. `n` is how many answers it wants,
+    `top_logprobs` how many of the likeliest tokens at each place it wants to see (0: the sampled one only).
     """
 
     model: str
@@ -125,6 +126,8 @@ class ChatRequest(Struct):
     stream: bool = False
     show_reasoning: bool = True
     response_schema: dict[str, Any] | None = None
+    n: int = 1
+    top_logprobs: int | None = None
     notes: list[str] = field(default_factory=list)
 
     def find_tool(self, engine_name: str) -> Tool | None:
@@ -146,6 +149,15 @@ class Usage(Struct):
     reasoning_tokens: int = 0
 
 
+class TokenLogprob(Struct):
+    """A token as a client is shown it: text, logprob (nats), bytes; `top` are the likeliest at its place."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+    top: list[TokenLogprob] = field(default_factory=list)
+
+
 class ToolCallDelta(Struct):
     """A fragment of tool call number `index`; `name` comes with its first fragment."""
 
@@ -155,7 +167,11 @@ class ToolCallDelta(Struct):
 
 
 class Delta(Struct):
-    """What one engine chunk adds. Text may be empty while ids are not: a parser may hold text back."""
+    """What one engine chunk adds. Text may be empty while ids are not: a parser may hold text back.
+
+    `choice` is which of the request's `n` answers it belongs to. `shown_logprobs` is filled only where the
+    request asked to see logprobs.
+    """
 
     text: str = ""
     reasoning: str = ""
@@ -166,6 +182,8 @@ class Delta(Struct):
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     usage: Usage | None = None
+    choice: int = 0
+    shown_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 class Completion(Struct):
@@ -173,7 +191,8 @@ class Completion(Struct):
 
     `prompt_token_ids` [P], `completion_token_ids` [C], `behaviour_logprobs` [C] (nats, aligned with the
     sampled ids). `message.tool_calls[i].id` are the ids we minted. `finish_reason` is None while the answer
-    is partial (cancelled or broken off); then ids and logprobs hold what had arrived.
+    is partial (cancelled or broken off); then ids and logprobs hold what had arrived. `others` are the second
+    and further answers of a request with `n` > 1.
     """
 
     message: Message
@@ -183,6 +202,8 @@ class Completion(Struct):
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     usage: Usage = field(default_factory=Usage)
+    shown_logprobs: list[TokenLogprob] = field(default_factory=list)
+    others: list[Completion] = field(default_factory=list)
 
 
 # --- persisted records ----------------------------------------------------------------------------------
@@ -191,6 +212,13 @@ CallRole = Literal["main", "subagent", "auxiliary", "compaction"]
 CallStatus = Literal["ok", "cancelled", "failed", "refused"]
 Continuation = Literal["exact", "none"]
 KeepReasoning = Literal["template", "always"]
+
+
+class Caller(Struct, frozen=True):
+    """Who makes a call: its role, and which sub-agent where the harness says so."""
+
+    role: CallRole = "main"
+    agent_id: str | None = None
 
 
 class Wire(Struct):
@@ -236,6 +264,7 @@ class ModelCall(Struct):
     model_requested: str = ""
     model_served: str = ""
     role: CallRole = "main"
+    agent_id: str | None = None
     parent_call_id: str | None = None
     stream: bool = False
     delivered: bool = False

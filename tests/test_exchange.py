@@ -364,7 +364,7 @@ class Buggy:
 
 
 @both
-@pytest.mark.parametrize("method", ["decode", "role", "encoder"])
+@pytest.mark.parametrize("method", ["decode", "encoder"])
 def test_our_own_bug_in_a_request_is_a_reply(provider: Provider, method: str) -> None:
     exchange = new(provider, dialect=Buggy(provider, method))
     reply = start(exchange, provider, provider.body())

@@ -12,16 +12,7 @@ from polar_mitm.dialects import anthropic_answer, anthropic_request
 from polar_mitm.dialects.base import Reply
 from polar_mitm.dialects.ids import minted
 from polar_mitm.errors import PolarError
-from polar_mitm.types import CallRole, ChatRequest, Completion
-
-_ROLES: dict[str, CallRole] = {
-    "main": "main",
-    "subagent": "subagent",
-    "blocking-subagent": "subagent",
-    "auxiliary": "auxiliary",
-}
-# Pi and opencode say it in no header: how the system prompt of their compactions begins.
-_SUMMARY = "You are a context summarization "
+from polar_mitm.types import ChatRequest, Completion
 
 
 class Anthropic:
@@ -32,24 +23,6 @@ class Anthropic:
 
     def decode(self, body: bytes, headers: Mapping[str, str], path: str) -> ChatRequest:
         return anthropic_request.decode(body)
-
-    def role(self, headers: Mapping[str, str], request: ChatRequest) -> CallRole:
-        """Claude Code says what each call is for, opencode says whose sub-agent's; the rest shows.
-
-        What a harness that is not known asks counts as main.
-        """
-        lower = {name.lower(): value for name, value in headers.items()}
-        for header in ("x-claude-code-request-class", "x-claude-1p-request-class"):
-            if role := _ROLES.get(lower.get(header, "")):
-                return role
-        agent = lower.get("user-agent", "")
-        opencode = agent.startswith("opencode/")
-        if not request.tools and (opencode or agent.startswith("pi (")):
-            if request.messages and request.messages[0].text.startswith(_SUMMARY):
-                return "compaction"
-            if opencode:  # a title; its agents always have tools
-                return "auxiliary"
-        return "subagent" if opencode and "x-parent-session-id" in lower else "main"
 
     def encoder(
         self, request: ChatRequest, call_id: str, created_at: float

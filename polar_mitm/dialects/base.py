@@ -13,7 +13,7 @@ from typing import Protocol
 from msgspec import Struct, field
 
 from polar_mitm.errors import PolarError
-from polar_mitm.types import CallRole, ChatRequest, Completion, Delta
+from polar_mitm.types import ChatRequest, Completion, Delta
 
 
 class Reply(Struct):
@@ -49,7 +49,9 @@ class Dialect(Protocol):
     """One provider API. `name` is stored on each call, such as `anthropic` or `openai_responses`.
 
     `tool_id_prefix` is the provider's prefix of tool-call ids (`toolu`, `call`): the id of tool call number
-    n is `ids.minted(tool_id_prefix, call_id, n)`.
+    n is `ids.minted(tool_id_prefix, call_id, n)`. Answer number k of a request for several has the call id
+    `ids.sibling(call_id, k)`; a delta says by `choice` which answer it is of, a completion has `others`.
+    Who makes a call is said by `roles.caller`.
     """
 
     name: str
@@ -61,10 +63,6 @@ class Dialect(Protocol):
         Raises:
             PolarError: kind `bad_request`, for malformed JSON or wrong types; the message names the field.
         """
-        ...
-
-    def role(self, headers: Mapping[str, str], request: ChatRequest) -> CallRole:
-        """What the call is for, from the harness's own headers where it says so."""
         ...
 
     def encoder(self, request: ChatRequest, call_id: str, created_at: float) -> StreamEncoder:

@@ -17,13 +17,14 @@ import zlib
 import msgspec
 
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-_MINTED = re.compile(r"(?:msg|resp|toolu|call|rs|fc|ctc|cmp|req)_([0-9A-HJKMNP-TV-Z]{26})(?:_[0-9]+)?")
+_PREFIXES = "msg|resp|toolu|call|rs|fc|ctc|cmp|req|chatcmpl"
+_MINTED = re.compile(rf"(?:{_PREFIXES})_([0-9A-HJKMNP-TV-Z]{{26}})(?:_[0-9]+)?")
 
 
 def new_id() -> str:
     """A new 26-character id: 48 bits of milliseconds, 80 random bits (the ULID layout, ulid/spec)."""
     value = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(os.urandom(10), "big")
-    return "".join(_ALPHABET[(value >> shift) & 31] for shift in range(125, -1, -5))
+    return _encoded(value)
 
 
 def minted(prefix: str, call_id: str, index: int | None = None) -> str:
@@ -35,6 +36,18 @@ def call_id_of(wire_id: str) -> str | None:
     """The call id inside an id that we minted; None for anybody else's."""
     match = _MINTED.fullmatch(wire_id)
     return match.group(1) if match else None
+
+
+def sibling(call_id: str, index: int) -> str:
+    """The call id of answer number `index` to a request for several; number 0 is the call's own."""
+    value = index
+    for place, digit in enumerate(reversed(call_id)):
+        value += _ALPHABET.index(digit) << 5 * place
+    return _encoded(value)
+
+
+def _encoded(value: int) -> str:
+    return "".join(_ALPHABET[(value >> shift) & 31] for shift in range(125, -1, -5))
 
 
 class Seal(msgspec.Struct, array_like=True):

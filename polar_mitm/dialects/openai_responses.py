@@ -14,16 +14,7 @@ from polar_mitm.dialects import responses_answer, responses_request, responses_s
 from polar_mitm.dialects.base import Reply
 from polar_mitm.dialects.ids import minted
 from polar_mitm.errors import PolarError
-from polar_mitm.types import CallRole, ChatRequest, Completion
-
-# The labels of Codex's own sessions; any other label is an agent that it spawned.
-_SUBAGENTS: dict[str, CallRole] = {
-    "": "main",
-    "false": "main",
-    "0": "main",
-    "compact": "compaction",
-    "memory_consolidation": "auxiliary",
-}
+from polar_mitm.types import ChatRequest, Completion
 
 
 class OpenAIResponses:
@@ -34,15 +25,6 @@ class OpenAIResponses:
 
     def decode(self, body: bytes, headers: Mapping[str, str], path: str) -> ChatRequest:
         return responses_request.decode(body)
-
-    def role(self, headers: Mapping[str, str], request: ChatRequest) -> CallRole:
-        """Codex says in a header which of its agents calls; a compaction says so in its input."""
-        if responses_request.COMPACTION in request.notes:
-            return "compaction"
-        lower = {name.lower(): value for name, value in headers.items()}
-        if lower.get("x-openai-memgen-request", "") == "true":
-            return "auxiliary"
-        return _SUBAGENTS.get(lower.get("x-openai-subagent", ""), "subagent")
 
     def encoder(
         self, request: ChatRequest, call_id: str, created_at: float

@@ -13,10 +13,11 @@ HOSTS: dict[str, str] = {
     "api.anthropic.com": "anthropic",
     "api.openai.com": "openai",
     "chatgpt.com": "openai",
+    "generativelanguage.googleapis.com": "google",
 }
 """Provider hosts: the only names that a sandbox can resolve."""
 
-ERROR_DIALECT: dict[str, str] = {"anthropic": "anthropic", "openai": "openai_responses"}
+ERROR_DIALECT: dict[str, str] = {"anthropic": "anthropic", "openai": "openai_responses", "google": "gemini"}
 """The dialect in whose shape a provider's unknown paths are refused."""
 
 
@@ -33,6 +34,13 @@ _MODEL = [
     ("anthropic", "POST", r"/v1/messages", "anthropic"),
     ("openai", "POST", r"/v1/responses", "openai_responses"),
     ("openai", "POST", r"/backend-api/codex/responses", "openai_responses"),
+    ("openai", "POST", r"(/[\w.-]+)*/v1/chat/completions", "openai_chat"),
+    (
+        "google",
+        "POST",
+        r"/v1(alpha|beta)?/models/[^/]+:(generate|streamGenerate)Content",
+        "gemini",
+    ),
 ]
 
 # Side endpoints: answered here, never sent to the engine, never trained on. What is not listed gets a 404

@@ -11,6 +11,7 @@ import msgspec
 
 from polar_mitm.dialects.ids import call_id_of
 from polar_mitm.dialects.registry import DIALECTS
+from polar_mitm.dialects.roles import caller
 from polar_mitm.errors import PolarError
 from polar_mitm.replay.compare import Divergence, differences
 from polar_mitm.replay.normalise import Normal, normalise
@@ -102,7 +103,7 @@ def asked(dialect: str, wire: Wire) -> Asked:
     except PolarError:
         return Asked(dialect, wire.method, _path(wire), "main", "", False, frozenset())
     echoed = {call_id_of(each) for message in request.messages for each in message.minted_ids} - {None}
-    role = known.role(headers, request)
+    role = caller(dialect, headers, request).role
     return Asked(
         dialect,
         wire.method,

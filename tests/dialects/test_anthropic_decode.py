@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from polar_mitm.dialects.anthropic import Anthropic
 from polar_mitm.dialects.ids import seal
-from polar_mitm.errors import PolarError
+from polar_mitm.dialects.roles import caller
 from polar_mitm.types import ChatRequest, ImagePart, Message, TextPart, Tool, ToolCall, ToolChoice
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "anthropic"
@@ -489,7 +489,7 @@ def fixture(name: str) -> tuple[ChatRequest, str]:
     recorded = json.loads((FIXTURES / f"{name}.json").read_text())
     body = json.dumps(recorded["body"], ensure_ascii=False).encode()
     request = dialect.decode(body, recorded["headers"], "/v1/messages")
-    return request, dialect.role(recorded["headers"], request)
+    return request, caller(dialect.name, recorded["headers"], request).role
 
 
 def test_claude_code() -> None:
@@ -551,7 +551,7 @@ def test_opencode_title() -> None:
     ],
 )
 def test_role(headers: dict[str, str], role: str) -> None:
-    assert dialect.role(headers, decode()) == role
+    assert caller(dialect.name, headers, decode()).role == role
 
 
 PI = {"User-Agent": "pi (linux 6.1.0; x64)"}
@@ -578,4 +578,4 @@ TOOLS = {"tools": [{"name": "bash", "input_schema": {"type": "object"}}]}
     ],
 )
 def test_role_of_those_who_do_not_say(headers: dict[str, str], fields: dict[str, Any], role: str) -> None:
-    assert dialect.role(headers, decode(**fields)) == role
+    assert caller(dialect.name, headers, decode(**fields)).role == role

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from polar_mitm.dialects.ids import minted, new_id, seal
 from polar_mitm.dialects.openai_responses import OpenAIResponses
+from polar_mitm.dialects.roles import caller
 from polar_mitm.errors import PolarError
 from polar_mitm.types import ChatRequest, ImagePart, Message, Sampling, TextPart, ToolCall, ToolChoice
 
@@ -127,7 +128,7 @@ def test_compaction_trigger_asks_for_a_summary_without_tools():
     assert request.messages[-1].role == "user" and "Summarise the conversation" in request.messages[-1].text
     assert request.tool_choice == ToolChoice("none")
     assert request.tools, "the tools stay: they are the head of the prompt"
-    assert DIALECT.role({}, request) == "compaction"
+    assert caller(DIALECT.name, {}, request).role == "compaction"
 
 
 def test_volatile_fields_change_nothing():
@@ -450,7 +451,7 @@ def test_sampling_schema_and_reasoning():
     ],
 )
 def test_role_is_read_from_codex_headers(headers: dict[str, str], role: str):
-    assert DIALECT.role(headers, ask(user("go"))) == role
+    assert caller(DIALECT.name, headers, ask(user("go"))).role == role
 
 
 # --- refusals -------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def test_model_calls(provider: str, path: str, dialect: str) -> None:
         ("anthropic", "POST", "/v1/responses"),
         ("openai", "POST", "/v1/messages"),
         ("openai", "POST", "/v1/responses/compact"),
-        ("openai", "POST", "/v1/chat/completions"),
+        ("openai", "POST", "/v1/completions"),
         ("openai", "POST", "/v1/embeddings"),
         ("openai", "GET", "/v1/responses/resp_1"),
         ("nobody", "POST", "/v1/messages"),
