@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from polar_mitm.dialects.anthropic import Anthropic
 from polar_mitm.dialects.ids import seal
 from polar_mitm.dialects.roles import caller
+from polar_mitm.errors import PolarError
 from polar_mitm.types import ChatRequest, ImagePart, Message, TextPart, Tool, ToolCall, ToolChoice
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "anthropic"
