@@ -8,7 +8,7 @@ partial tokens behind, whether or not it asked for a stream itself.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 from msgspec import Struct, field
@@ -23,6 +23,7 @@ from polar_mitm.types import (
     ImagePart,
     Message,
     Sampling,
+    TokenLogprob,
     Tool,
     ToolCall,
     ToolCallDelta,
@@ -32,19 +33,21 @@ from polar_mitm.types import (
 from polar_mitm.upstream.engine import EngineInfo
 
 CHAT_PATH = "/v1/chat/completions"
+MAX_TOP_LOGPROBS = 20
+"""What vLLM gives unless it is started with another `--max-logprobs`, and what OpenAI's API gives at most."""
 
 # --- the body -------------------------------------------------------------------------------------------
 
 
 def build_body(request: ChatRequest, sampling: Sampling, engine: EngineInfo) -> bytes:
-    """The engine's request body. `sampling` is what will be used, already decided."""
+    """The engine's request body. `sampling` is what will be used, already decided; see also `notes`."""
     body: dict[str, Any] = {
         "model": engine.model,
         "messages": [_message(m, engine.images) for m in request.messages],
         "stream": True,
         "stream_options": {"include_usage": True},
         "logprobs": True,
-        "top_logprobs": 0,
+        "top_logprobs": _top_logprobs(request),
         "return_token_ids": True,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -53,6 +56,8 @@ def build_body(request: ChatRequest, sampling: Sampling, engine: EngineInfo) -> 
         "min_p": 0.0,
         "repetition_penalty": 1.0,
     }
+    if request.n > 1:
+        body["n"] = request.n
     if sampling.max_tokens is not None:
         body["max_tokens"] = sampling.max_tokens
     if sampling.stop:
@@ -65,12 +70,39 @@ def build_body(request: ChatRequest, sampling: Sampling, engine: EngineInfo) -> 
         )
         if request.parallel_tool_calls is False:
             body["parallel_tool_calls"] = False
-    if request.response_schema is not None:
+    if request.response_schema is not None and not _may_call(request):
         body["response_format"] = {
             "type": "json_schema",
             "json_schema": {"name": "answer", "schema": request.response_schema},
         }
     return msgspec.json.encode(body)
+
+
+def notes(request: ChatRequest) -> list[str]:
+    """What of a request the engine does otherwise than asked, or in a way that shapes what is sampled.
+
+    `guided:json_schema`, `guided:tool_choice`: a grammar masks the logits, before vLLM takes even raw
+    logprobs, so behaviour logprobs are not of the model's own distribution. `unguided:json_schema`: the
+    schema is not enforced, because tools are offered and a grammar for the answer's text would rule out any
+    call of them. `capped:top_logprobs`: fewer are shown than asked for.
+    """
+    found = []
+    if request.response_schema is not None:
+        found.append("unguided:json_schema" if _may_call(request) else "guided:json_schema")
+    if request.tools and request.tool_choice.mode in ("required", "tool"):
+        found.append("guided:tool_choice")
+    if (request.top_logprobs or 0) > MAX_TOP_LOGPROBS:
+        found.append("capped:top_logprobs")
+    return found
+
+
+def _may_call(request: ChatRequest) -> bool:
+    return bool(request.tools) and request.tool_choice.mode != "none"
+
+
+def _top_logprobs(request: ChatRequest) -> int:
+    # vLLM counts the sampled token, which it puts first: one more, and the likeliest are all there.
+    return min(request.top_logprobs + 1, MAX_TOP_LOGPROBS) if request.top_logprobs else 0
 
 
 def _tool(tool: Tool) -> dict[str, Any]:
@@ -147,13 +179,24 @@ class _Logprob(Struct):
     logprob: float
 
 
-class _Logprobs(Struct):
-    content: list[_Logprob] | None = None
+class _ShownLogprob(Struct):
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+    top_logprobs: list[_ShownLogprob] = field(default_factory=list)
 
 
-class _Choice(Struct):
+P = TypeVar("P", _Logprob, _ShownLogprob)
+
+
+class _Logprobs(Struct, Generic[P]):
+    content: list[P] | None = None
+
+
+class _Choice(Struct, Generic[P]):
+    index: int = 0
     delta: _ChunkDelta = field(default_factory=_ChunkDelta)
-    logprobs: _Logprobs | None = None
+    logprobs: _Logprobs[P] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
@@ -174,15 +217,16 @@ class _Usage(Struct):
     completion_tokens_details: _CompletionDetails | None = None
 
 
-class _Chunk(Struct):
-    choices: list[_Choice] = field(default_factory=list)
+class _Chunk(Struct, Generic[P]):
+    choices: list[_Choice[P]] = field(default_factory=list)
     prompt_token_ids: msgspec.Raw = msgspec.Raw(b"null")
     usage: _Usage | None = None
     error: Any = None
     system_fingerprint: str | None = None
 
 
-_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+_decode_chunk = msgspec.json.Decoder(_Chunk[_Logprob]).decode
+_decode_shown = msgspec.json.Decoder(_Chunk[_ShownLogprob]).decode
 _FINISH: dict[str, FinishReason] = {
     "stop": "stop",
     "length": "length",
@@ -193,15 +237,21 @@ _FINISH: dict[str, FinishReason] = {
 
 
 class ChatStream:
-    """The engine's event stream, bytes in, canonical deltas out. `done` once it has ended properly."""
+    """The engine's event stream, bytes in, canonical deltas out. `done` once it has ended properly.
 
-    def __init__(self) -> None:
+    `n` is how many answers were asked for; with `top_logprobs`, as in `ChatRequest`, deltas bring
+    `shown_logprobs`.
+    """
+
+    def __init__(self, n: int = 1, top_logprobs: int | None = None) -> None:
         self._sse = SSEDecoder()
+        self._n = n
+        self._top = top_logprobs
         self.done = False
         self.fingerprint: str | None = None
 
     def feed(self, data: bytes) -> Iterable[Delta]:
-        """Deltas of a chunk of bytes, each one an engine chunk.
+        """Deltas of a chunk of bytes, one for each choice of each engine chunk.
 
         Raises:
             PolarError: kind `upstream`, for an error event or bytes that are no such stream.
@@ -218,7 +268,7 @@ class ChatStream:
                 self.done = True
                 return
             try:
-                chunk = _decode_chunk(event.data)
+                chunk = _decode_chunk(event.data) if self._top is None else _decode_shown(event.data)
             except msgspec.MsgspecError as error:
                 raise PolarError("upstream", f"engine stream: {error}") from error
             if chunk.error is not None:
@@ -228,8 +278,17 @@ class ChatStream:
                 ids = _prompt_ids(chunk.prompt_token_ids)
             except ValueError as error:
                 raise PolarError("upstream", f"engine stream: {error}") from error
-            if chunk.choices or ids is not None or chunk.usage:
-                yield _delta(chunk, ids)
+            if not chunk.choices and (ids is not None or chunk.usage):
+                yield Delta(prompt_token_ids=ids, usage=_usage(chunk.usage))
+            for choice in chunk.choices:
+                if not 0 <= choice.index < self._n:
+                    raise PolarError("upstream", f"engine stream: choice {choice.index} of {self._n}")
+                delta = _delta(choice)
+                if choice is chunk.choices[0]:
+                    delta.prompt_token_ids, delta.usage = ids, _usage(chunk.usage)
+                if self._top is not None:
+                    delta.shown_logprobs = _shown(choice, self._top)
+                yield delta
         if too_large is not None:
             raise PolarError("upstream", f"engine stream: {too_large}") from too_large
 
@@ -239,14 +298,13 @@ def _prompt_ids(raw: msgspec.Raw) -> TokenIds | None:
     return None if text == b"null" else TokenIds.from_json(text)
 
 
-def _delta(chunk: _Chunk, prompt_ids: TokenIds | None) -> Delta:
-    out = Delta(prompt_token_ids=prompt_ids, usage=_usage(chunk.usage) if chunk.usage else None)
-    if not chunk.choices:
-        return out
-    choice = chunk.choices[0]
+def _delta(choice: _Choice[Any]) -> Delta:
     delta = choice.delta
-    out.text = delta.content or ""
-    out.reasoning = delta.reasoning or delta.reasoning_content or ""
+    out = Delta(
+        text=delta.content or "",
+        reasoning=delta.reasoning or delta.reasoning_content or "",
+        choice=choice.index,
+    )
     if delta.tool_calls:
         out.tool_calls = [
             ToolCallDelta(c.index, c.function.name, c.function.arguments or "") for c in delta.tool_calls
@@ -261,7 +319,25 @@ def _delta(chunk: _Chunk, prompt_ids: TokenIds | None) -> Delta:
     return out
 
 
-def _usage(usage: _Usage) -> Usage:
+def _shown(choice: _Choice[Any], top: int) -> list[TokenLogprob]:
+    content = choice.logprobs.content if choice.logprobs is not None else None
+    return [
+        TokenLogprob(
+            p.token,
+            p.logprob,
+            p.bytes,
+            [
+                TokenLogprob(t.token, t.logprob, t.bytes)
+                for t in sorted(p.top_logprobs, key=lambda t: -t.logprob)[:top]
+            ],
+        )
+        for p in content or ()
+    ]
+
+
+def _usage(usage: _Usage | None) -> Usage | None:
+    if usage is None:
+        return None
     prompt, completion = usage.prompt_tokens_details, usage.completion_tokens_details
     return Usage(
         prompt_tokens=usage.prompt_tokens,
