@@ -71,7 +71,7 @@ def is_installed(recipe: Recipe, cache: Path) -> bool:
 
 
 def _prefix(recipe: Recipe, cache: Path) -> Path:
-    return cache.absolute() / "harness" / f"{recipe.name}-{recipe.version}"
+    return cache.absolute() / "harness" / f"{recipe.program}-{recipe.version}"
 
 
 def _package(recipe: Recipe) -> str:

@@ -45,33 +45,47 @@ class Recipe:
     """One harness at one version.
 
     Attributes:
+        name: with its variants, as it was asked for: `codex:login`.
+        program: without them, `codex`: what they have in common, the installation above all.
         version: empty where nothing is installed and the file does not say.
         hosts: where it calls models: name -> provider (a key of `ERROR_DIALECT`). `polar-mitm run` adds them
             to its own interceptor's; one behind `--control` serves those of its own settings.
         argv: arguments of a run without a person. `{prompt}` stands for the task; the element `{model}`
             becomes `model_argv` when a model is named, and nothing when none is.
-        default_model: the model to name when the caller names none.
+        resume_argv: like `argv`, for a prompt that goes on with the last conversation in the same HOME and
+            directory; empty where the harness cannot, or nobody said how.
+        default_model: the model to name when the caller names none; empty for none.
         env: variables it needs to start, such as the key that it will not start without.
         home: files it needs in HOME, by relative path.
     """
 
     name: str
+    program: str
     title: str
     install: Install
     argv: tuple[str, ...]
     version: str = ""
     hosts: dict[str, str] = field(default_factory=dict)
+    resume_argv: tuple[str, ...] = ()
     model_argv: tuple[str, ...] = ()
     default_model: str | None = None
     env: dict[str, str] = field(default_factory=dict)
     home: dict[str, str] = field(default_factory=dict)
 
-    def arguments(self, prompt: str, model: str | None = None) -> list[str]:
-        """What follows the program's name to run `prompt` without a person."""
+    def arguments(self, prompt: str, model: str | None = None, *, resume: bool = False) -> list[str]:
+        """What follows the program's name to run `prompt` without a person.
+
+        `resume`: as the next thing said in the last conversation, by `resume_argv`.
+
+        Raises:
+            SetupError: there is no `resume_argv`.
+        """
+        if resume and not self.resume_argv:
+            raise SetupError(f"{self.title}: no resume_argv in its recipe says how to go on")
         named = model or self.default_model
         model_argv = [each.replace("{model}", named) for each in self.model_argv] if named else []
         out: list[str] = []
-        for each in self.argv:
+        for each in self.resume_argv if resume else self.argv:
             out += model_argv if each == "{model}" else [each.replace("{prompt}", prompt)]
         return out
 
@@ -81,44 +95,109 @@ def available() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
+def variants(name: str) -> list[str]:
+    """Names of a recipe's variants, in its own order; `load` takes them as `NAME:VARIANT`.
+
+    Raises:
+        SetupError: as for `load`.
+    """
+    return list(_read(_split(name)[0]).get("variant", {}))
+
+
 def load(name: str) -> Recipe:
     """A recipe by its name, or from a file of one's own (`./mine.toml`), named after the file.
 
+    `codex:login` is a variant of it, `codex:login:lite` one variant on top of another.
+
     Raises:
-        SetupError: no such recipe, or the file is not one; the message says what is wrong.
+        SetupError: no such recipe or variant, or the file is not one; the message says what is wrong.
     """
-    file = Path(name) if name.endswith(".toml") else _FOLDER / f"{name}.toml"
+    file, chosen = _split(name)
+    data = _read(file)
+    known = data.pop("variant", {})
+    if unknown := [each for each in chosen if each not in known]:
+        there_are = f"there are {', '.join(known)}" if known else "it has none"
+        raise SetupError(f"{file.stem} has no variant {unknown[0]!r}: {there_are}")
+    for each in chosen:
+        data = _overlaid(data, known[each])
+    return _parse(data, file, ":".join([file.stem, *chosen]))
+
+
+def _split(name: str) -> tuple[Path, list[str]]:
+    """The file of a recipe, and the variants asked for. A path may have colons of its own."""
+    stem, found, rest = name.rpartition(".toml")
+    if found and rest[:1] in ("", ":"):
+        file, chosen = Path(f"{stem}.toml"), rest.split(":")[1:]
+    else:
+        packaged, *chosen = name.split(":")
+        file = _FOLDER / f"{packaged}.toml"
     if not file.is_file() or (file.parent == _FOLDER and file.stem not in available()):
         raise SetupError(
             f"no harness recipe {name!r}: there are {', '.join(available())}, or give a .toml file"
         )
+    return file, chosen
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A recipe's file, in which every variant has been found to make a recipe.
+
+    Raises:
+        SetupError: it is not one.
+    """
+    where = ""
     try:
-        return _parse(tomllib.loads(file.read_text()), file)
+        data = tomllib.loads(file.read_text())
+        base = {key: value for key, value in data.items() if key != "variant"}
+        known = data.get("variant", {})
+        if not isinstance(known, dict) or not all(isinstance(each, dict) for each in known.values()):
+            raise ValueError("a variant is a table, [variant.NAME]")
+        _parse(base, file, file.stem)
+        for name, changes in known.items():
+            where = f"[variant.{name}]: "
+            if not name or ":" in name:
+                raise ValueError("a variant's name has no colon, and is not empty")
+            if odd := set(changes) & {"install", "version"}:
+                raise ValueError(f"{', '.join(sorted(odd))} is the same for all variants")
+            _parse(_overlaid(base, changes), file, file.stem)
     except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
-        raise SetupError(f"{file} is not a harness recipe: {_reason(error)}") from error
+        raise SetupError(f"{file} is not a harness recipe: {where}{_reason(error)}") from error
+    return data
 
 
-def _parse(data: dict[str, Any], file: Path) -> Recipe:
+def _overlaid(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with a variant's keys in place of its own; of [run], the single keys."""
+    out = {**data, **changes}
+    if isinstance(run := changes.get("run"), dict) and isinstance(data.get("run"), dict):
+        out["run"] = {**data["run"], **run}
+    return out
+
+
+def _parse(given: dict[str, Any], file: Path, name: str) -> Recipe:
+    data = dict(given)
     _check_types(data)
-    run = dict(data.pop("run"))
-    install, program = dict(data.pop("install", {})), run.pop("program", None)
-    if bool(install) == bool(program):
+    run, install = dict(data.pop("run")), dict(data.pop("install", {}))
+    command = run.pop("program", None)
+    if bool(install) == bool(command):
         raise ValueError("either [install], or program in [run]")
-    if program:
-        install["binary"] = program
+    if command:
+        install["binary"] = command
     elif ("npm" in install) == ("pip" in install):
         raise ValueError("[install] needs either npm or pip")
     elif "version" not in data:
         raise KeyError("version")
     if "script" in install:
         install["script"] = (file.parent / install["script"]).resolve()
-    if not any("{prompt}" in each for each in run.setdefault("argv", ["{prompt}"])):
-        raise ValueError("no {prompt} in [run] argv")
+    run.setdefault("argv", ["{prompt}"])
+    for key in ("argv", "resume_argv"):
+        if key in run and not any("{prompt}" in each for each in run[key]):
+            raise ValueError(f"no {{prompt}} in [run] {key}")
     if unknown := set(data) - {"title", "version", "hosts", "env", "home"}:
         raise ValueError(f"unknown key {', '.join(sorted(unknown))}")
     data["hosts"] = _hosts(data.get("hosts", {}))
     data.setdefault("title", file.stem)
-    return Recipe(name=file.stem, install=Install(**_tuples(install)), **_tuples(run), **_tuples(data))
+    return Recipe(
+        name=name, program=file.stem, install=Install(**_tuples(install)), **_tuples(run), **_tuples(data)
+    )
 
 
 def _check_types(data: dict[str, Any]) -> None:
@@ -127,7 +206,7 @@ def _check_types(data: dict[str, Any]) -> None:
         if not isinstance(table := data[name], dict):
             raise ValueError(f"[{name}] is a table, not {table!r}")
         for key, value in table.items():
-            if name in ("run", "install") and key in ("argv", "model_argv", "show", "path"):
+            if name in ("run", "install") and key in ("argv", "resume_argv", "model_argv", "show", "path"):
                 fits, what = _all_text(value), "a list of strings"
             elif (name, key) == ("install", "node"):
                 fits, what = isinstance(value, bool), "true or false"

@@ -37,7 +37,7 @@ def collect(
         typer.Option("--store", "-s", metavar="FILE", help="DuckDB file to record into; made where missing."),
     ],
     harness: Annotated[
-        str, typer.Option(metavar="NAME", help="claude-code, codex, pi, opencode, sdk-agent or a .toml.")
+        str, typer.Option(metavar="NAME", help="claude-code, codex:login, qwen-code, a .toml, ...")
     ],
     tasks: Annotated[
         str, typer.Option(metavar="SOURCE", help="FILE.py, FILE.py:FUNCTION, or a folder of NAME/task.toml.")

@@ -87,7 +87,7 @@ def _check_names(harnesses: Sequence[str]) -> None:
     from polar_mitm_sandbox import recipes
 
     known = recipes.available()
-    if unknown := set(harnesses) - set(known):
+    if unknown := {name for name in harnesses if name.partition(":")[0] not in known}:
         fail(f"--harness takes one of {', '.join(known)}, not {', '.join(sorted(unknown))}")
 
 

@@ -176,7 +176,7 @@ def _job(recorded: Rollout, harness: str | None, command: Sequence[str]) -> Job:
     from polar_mitm_sandbox import recipes
 
     name = harness or recorded.harness
-    if not harness and name not in recipes.available():
+    if not harness and name.partition(":")[0] not in recipes.available():
         return Job(list(command or recorded.command), name=recorded.harness)
     recipe = recipes.load(name)
     if recipe.version != recorded.harness_version:

@@ -46,7 +46,7 @@ def run(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="claude-code, codex, pi, opencode, sdk-agent or a .toml; else by the command.",
+            help="claude-code, codex:login, qwen-code, a .toml, ...; else by the command.",
         ),
     ] = None,
     prompt: Annotated[
