@@ -115,6 +115,7 @@ class ChatRequest(Struct):
     `notes` lists, in a fixed vocabulary such as `dropped:billing_header` or `withheld:web_search`, what the
     translation left out on purpose; it is stored with the call. `n` is how many answers it wants,
     `top_logprobs` how many of the likeliest tokens at each place it wants to see (0: the sampled one only).
+    `stream_usage`: it wants token counts in its stream, where the provider gives them on demand only.
     """
 
     model: str
@@ -128,6 +129,7 @@ class ChatRequest(Struct):
     response_schema: dict[str, Any] | None = None
     n: int = 1
     top_logprobs: int | None = None
+    stream_usage: bool = False
     notes: list[str] = field(default_factory=list)
 
     def find_tool(self, engine_name: str) -> Tool | None:
@@ -192,7 +194,8 @@ class Completion(Struct):
     `prompt_token_ids` [P], `completion_token_ids` [C], `behaviour_logprobs` [C] (nats, aligned with the
     sampled ids). `message.tool_calls[i].id` are the ids we minted. `finish_reason` is None while the answer
     is partial (cancelled or broken off); then ids and logprobs hold what had arrived. `others` are the second
-    and further answers of a request with `n` > 1.
+    and further answers of a request with `n` > 1; `usage` then counts all answers together, and that of each
+    of the others its own tokens only.
     """
 
     message: Message
@@ -240,8 +243,13 @@ class Wire(Struct):
     chunk_at_ms: list[float] = field(default_factory=list)
 
 
+ANSWER_OF = "answer_of:"
+GUIDED = "guided:"
+"""Beginnings of notes of a call, see `ModelCall`."""
+
+
 class ModelCall(Struct):
-    """One intercepted exchange: one row.
+    """One intercepted exchange: one row; of one that asked for several answers, a row for each.
 
     `status`: "ok" answered to the end; "cancelled" the harness hung up (its partial tokens are kept);
     "failed" the engine failed; "refused" never sent to the engine (malformed, too large, ...).
@@ -253,6 +261,10 @@ class ModelCall(Struct):
     lists the harmless edits that its echo in the history shows. "none": rendered anew, and `fallback` says
     why. `answer` is what the engine said. `replayed_from` names the call of another rollout whose recorded
     answer was served. `tokenizer` is a fingerprint: ids of different ones must not meet.
+
+    The second and further answers of an exchange have its `seq`, an empty `wire`, and a note
+    `answer_of:<call_id of the first>`. A note `guided:<by what>` says that a grammar masked the logits: then
+    the logprobs are not of the policy's own distribution.
     """
 
     call_id: str
@@ -290,6 +302,16 @@ class ModelCall(Struct):
     ended_at: float | None = None
     wire: Wire = field(default_factory=Wire)
     upstream_body: bytes = b""
+
+    @property
+    def answer_of(self) -> str | None:
+        """The call whose request this is a further answer to; None for a call with a request of its own."""
+        return next((note.removeprefix(ANSWER_OF) for note in self.notes if note.startswith(ANSWER_OF)), None)
+
+    @property
+    def guided(self) -> bool:
+        """Sampled under a grammar."""
+        return any(note.startswith(GUIDED) for note in self.notes)
 
 
 RolloutStatus = Literal["running", "completed", "failed", "timeout", "interrupted"]

@@ -45,8 +45,10 @@ class Toolbox:
                 offered = _tool(tool, tool.name, namespace, at)
                 self._tools[offered.engine_name] = offered
 
-    def choose(self, choice: str | dict[str, Any] | None) -> tuple[ToolChoice, list[Tool]]:
-        """What `tool_choice` means: the choice, and the tools that it leaves.
+    def choose(
+        self, choice: str | dict[str, Any] | None, at: str = "tool_choice.name"
+    ) -> tuple[ToolChoice, list[Tool]]:
+        """What `tool_choice` means: the choice, and the tools that it leaves. `at` is where a name stands.
 
         Raises:
             PolarError: kind `bad_request`, for an unknown mode or a tool that is not offered.
@@ -62,7 +64,7 @@ class Toolbox:
             case {"type": "function" | "custom" as kind, "name": str(name)}:
                 found = next((t for t in tools if t.kind == kind and _named(t, choice)), None)
                 if found is None:
-                    raise PolarError("bad_request", f"tool_choice.name: no {kind} tool {name!r} is offered")
+                    raise PolarError("bad_request", f"{at}: no {kind} tool {name!r} is offered")
                 return ToolChoice("tool", found.engine_name), tools
             case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": list(allowed)}:
                 self._notes["filtered:allowed_tools"] = None
