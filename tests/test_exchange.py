@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_mitm.config import Settings
+from polar_mitm.conformance.scripts import Answer
 from polar_mitm.dialects.base import Dialect, Reply
 from polar_mitm.dialects.registry import DIALECTS
 from polar_mitm.errors import PolarError
@@ -20,7 +21,6 @@ from polar_mitm.exchange import Exchange, UpstreamRequest
 from polar_mitm.types import ModelCall, Sampling, Wire
 from polar_mitm.upstream.engine import EngineInfo
 from tests.support.engine_bytes import PROMPT_IDS, events, sampled, split
-from tests.support.scripts import Answer
 
 ENGINE = EngineInfo("http://engine", "tiny", max_model_len=4096, policy_version="tiny@7")
 CALL_ID = "01JD0Z6Q3WAAAAAAAAAAAAAAAA"

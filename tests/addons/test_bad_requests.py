@@ -15,11 +15,11 @@ import brotli
 import pytest
 import zstandard
 
+from polar_mitm.conformance.scripts import Answer
 from polar_mitm.exchange import Exchange
 from tests.support.engine_bytes import events
 from tests.support.held_engine import DEADLINE_S, HeldEngine
 from tests.support.rig import MESSAGES, RESPONSES, Rig, ask, post, rig, settled, until
-from tests.support.scripts import Answer
 
 ENGINE = "http://127.0.0.1:9"  # nobody: what these tests send must not get that far
 both = pytest.mark.parametrize("url", [MESSAGES, RESPONSES], ids=["anthropic", "openai"])

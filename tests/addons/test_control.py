@@ -14,13 +14,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from polar_mitm.conformance.scripts import Answer
 from polar_mitm.types import Rollout
 from polar_mitm_addons import control
 from polar_mitm_addons.control import MAX_REFUSED, Control, ControlClient, Request, Summary
 from tests.support.engine_bytes import events
 from tests.support.held_engine import HeldEngine
 from tests.support.rig import MESSAGES, Box, Rig, listen, post, read_until, rig, says, settled, until
-from tests.support.scripts import Answer
 
 ENGINE = "http://127.0.0.1:9"
 ANSWER = Answer(text="ab", tokens_per_chunk=1)

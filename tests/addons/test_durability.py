@@ -6,11 +6,11 @@ import asyncio
 
 import pytest
 
+from polar_mitm.conformance.scripts import Answer
 from polar_mitm_addons import capture
 from tests.support.engine_bytes import events
 from tests.support.held_engine import HeldEngine
 from tests.support.rig import MESSAGES, RESPONSES, next_event, post, read_until, rig, says, settled
-from tests.support.scripts import Answer
 
 both = pytest.mark.parametrize("url", [MESSAGES, RESPONSES], ids=["anthropic", "openai"])
 LAST = {MESSAGES: "message_stop", RESPONSES: "response.completed"}

@@ -11,11 +11,11 @@ from typing import Any
 import aiohttp
 import pytest
 
+from polar_mitm.conformance.scripts import Answer
 from polar_mitm_addons import intercept
 from tests.support.engine_bytes import events, sampled
 from tests.support.held_engine import HeldEngine
 from tests.support.rig import MESSAGES, RESPONSES, Rig, next_event, post, read_until, rig, says, until
-from tests.support.scripts import Answer
 
 ANSWER = Answer(text="abc", tokens_per_chunk=1)
 

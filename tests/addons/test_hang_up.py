@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from polar_mitm.conformance.scripted_engine import ScriptedEngine
+from polar_mitm.conformance.scripts import Answer, always
 from tests.support.engine_bytes import PROMPT_IDS, events, sampled
 from tests.support.held_engine import HeldEngine
 from tests.support.rig import MESSAGES, RESPONSES, post, read_until, rig, says, until
-from tests.support.scripted_engine import ScriptedEngine
-from tests.support.scripts import Answer, always
 
 both = pytest.mark.parametrize("url", [MESSAGES, RESPONSES], ids=["anthropic", "openai"])
 ANSWER = Answer(text="abc", tokens_per_chunk=1)

@@ -11,10 +11,10 @@ import h2.connection
 import h2.events
 import h2.settings
 
+from polar_mitm.conformance.scripts import Answer
 from tests.support.engine_bytes import events, sampled
 from tests.support.held_engine import DEADLINE_S, HeldEngine
 from tests.support.rig import MESSAGES, RESPONSES, Box, ask, rig
-from tests.support.scripts import Answer
 
 ANSWER = Answer(text="abc", tokens_per_chunk=1)
 

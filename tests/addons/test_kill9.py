@@ -10,12 +10,12 @@ from pathlib import Path
 
 import aiohttp
 
+from polar_mitm.conformance.scripts import Answer
 from polar_mitm.store import open_reader
 from polar_mitm.types import ModelCall
 from tests.support.engine_bytes import PROMPT_IDS, events, sampled
 from tests.support.held_engine import DEADLINE_S, Generation, HeldEngine
 from tests.support.rig import MESSAGES, RESPONSES, http_at, post
-from tests.support.scripts import Answer
 
 NUM_ROLLOUTS = 10
 NUM_STREAMS = 50

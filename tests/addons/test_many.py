@@ -9,12 +9,12 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.support import byte_tokens
+from polar_mitm.conformance import byte_tokens
+from polar_mitm.conformance.scripted_engine import ScriptedEngine
+from polar_mitm.conformance.scripts import Answer
 from tests.support.engine_bytes import events
 from tests.support.held_engine import DEADLINE_S, HeldEngine
 from tests.support.rig import MESSAGES, RESPONSES, Box, listen, post, read_until, rig, says, settled
-from tests.support.scripted_engine import ScriptedEngine
-from tests.support.scripts import Answer
 
 NUM_BOXES = 64
 EVENTS = events(Answer(text="ab", tokens_per_chunk=1))

@@ -7,10 +7,10 @@ import asyncio
 import aiohttp
 import pytest
 
+from polar_mitm.conformance.scripts import Answer
 from tests.support.engine_bytes import PROMPT_IDS, events
 from tests.support.held_engine import HeldEngine
 from tests.support.rig import MESSAGES, RESPONSES, post, rig
-from tests.support.scripts import Answer
 
 ANSWER = Answer(text="abc", tokens_per_chunk=1)
 

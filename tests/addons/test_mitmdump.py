@@ -16,13 +16,13 @@ import openai
 import pytest
 
 import polar_mitm_addons
+from polar_mitm.conformance.scripted_engine import ScriptedEngine
+from polar_mitm.conformance.scripts import Answer, always, write_file_in_two_turns
 from polar_mitm.store import open_reader
 from polar_mitm.types import Rollout
 from polar_mitm_addons.control import ControlClient
 from tests.support.held_engine import DEADLINE_S, HeldEngine
 from tests.support.rig import MESSAGES, ask, http_at, listen, read_until, says, trusting, until
-from tests.support.scripted_engine import ScriptedEngine
-from tests.support.scripts import Answer, always, write_file_in_two_turns
 
 SCRIPT = Path(polar_mitm_addons.__path__[0]) / "polar.py"
 SHELL = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from polar_mitm.conformance.scripts import Answer, always
 from polar_mitm.types import ModelCall
 from polar_mitm.upstream.engine import EngineInfo
 from polar_mitm.upstream.probe import probe
@@ -17,7 +18,6 @@ from polar_mitm_addons import weights_watch
 from tests.support.engine_bytes import events
 from tests.support.held_engine import HeldEngine
 from tests.support.rig import MESSAGES, Rig, ask, post, rig, until
-from tests.support.scripts import Answer, always
 from tests.support.updatable_engine import UpdatableEngine, checkpoint
 
 ANSWER = Answer(text="abcdef", tokens_per_chunk=1)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import aiohttp
 import pytest
 
+from polar_mitm.conformance.scripts import Answer
 from polar_mitm_addons import listeners
 from polar_mitm_addons.capture import MAX_EVENTS_PER_NAME, MAX_NAMES
 from polar_mitm_addons.identify import Identify
@@ -19,7 +20,6 @@ from polar_mitm_addons.stubs import Stubs
 from tests.support.engine_bytes import events
 from tests.support.held_engine import DEADLINE_S, HeldEngine
 from tests.support.rig import MESSAGES, RESPONSES, Box, Rig, ask, post, rig, settled
-from tests.support.scripts import Answer
 
 ENGINE = "http://127.0.0.1:9"  # nobody: what these tests send must not get that far
 

@@ -11,6 +11,8 @@ from contextlib import asynccontextmanager
 import aiohttp
 import pytest
 
+from polar_mitm.conformance.scripted_engine import ScriptedEngine
+from polar_mitm.conformance.scripts import Answer, Script, always, sequence
 from polar_mitm.replay import Replay
 from polar_mitm.store.redact import credentials, redact_body, redact_headers
 from polar_mitm.types import ModelCall
@@ -18,8 +20,6 @@ from polar_mitm_addons.replay import ServeRecorded
 from tests.support.engine_bytes import events
 from tests.support.held_engine import HeldEngine
 from tests.support.rig import MESSAGES, RESPONSES, Box, Rig, ask, post, rig, until
-from tests.support.scripted_engine import ScriptedEngine
-from tests.support.scripts import Answer, Script, always, sequence
 
 both = pytest.mark.parametrize("url", [MESSAGES, RESPONSES], ids=["anthropic", "openai"])
 NOBODY = "http://127.0.0.1:9"

@@ -10,10 +10,10 @@ import anthropic
 import openai
 import pytest
 
-from tests.support import byte_tokens
+from polar_mitm.conformance import byte_tokens
+from polar_mitm.conformance.scripted_engine import ScriptedEngine
+from polar_mitm.conformance.scripts import Answer, Script, always, write_file_in_two_turns
 from tests.support.rig import Box, Rig, rig, trusting
-from tests.support.scripted_engine import ScriptedEngine
-from tests.support.scripts import Answer, Script, always, write_file_in_two_turns
 
 SHELL = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}
 

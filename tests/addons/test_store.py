@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from polar_mitm.conformance.scripts import Answer
 from polar_mitm.store import Recorder, open_reader
 from tests.support.engine_bytes import PROMPT_IDS, events, sampled
 from tests.support.held_engine import HeldEngine
 from tests.support.rig import MESSAGES, RESPONSES, post, read_until, rig, says
-from tests.support.scripts import Answer
 
 ANSWER = Answer(text="abc", reasoning="hm", tokens_per_chunk=1)
 both = pytest.mark.parametrize("url", [MESSAGES, RESPONSES], ids=["anthropic", "openai"])

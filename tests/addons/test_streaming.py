@@ -7,10 +7,10 @@ import json
 
 import pytest
 
+from polar_mitm.conformance.scripts import Answer
 from tests.support.engine_bytes import PROMPT_IDS, events, sampled
 from tests.support.held_engine import DEADLINE_S, HeldEngine
 from tests.support.rig import MESSAGES, RESPONSES, ask, next_event, post, read_until, rig, says
-from tests.support.scripts import Answer
 
 both = pytest.mark.parametrize("url", [MESSAGES, RESPONSES], ids=["anthropic", "openai"])
 LAST = {MESSAGES: "message_stop", RESPONSES: "response.completed"}

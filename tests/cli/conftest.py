@@ -79,7 +79,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 60) -> Result:
 @contextmanager
 def scripted_engine() -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A scripted engine in a process of its own, which makes any harness write `hello.txt`; and its URL."""
-    command = [sys.executable, "-m", "tests.support.scripted_engine", "--content", "hi"]
+    command = [sys.executable, "-m", "polar_mitm.conformance.scripted_engine", "--content", "hi"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield process, process.stdout.readline().strip()

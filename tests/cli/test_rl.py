@@ -18,8 +18,8 @@ import duckdb
 import pytest
 from safetensors.torch import load_file
 
+from polar_mitm.conformance import byte_tokens
 from tests.cli.conftest import ROOT, Polar, Result, finish, launch
-from tests.support import byte_tokens
 from tests.trainer.tiny import tiny_model
 
 pytestmark = pytest.mark.timeout(1200)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from polar_mitm.conformance.scripted_engine import ScriptedEngine
+from polar_mitm.conformance.scripts import Answer
 from polar_mitm.store import Recorder, open_reader
 from polar_mitm.upstream.probe import probe
 from tests.continuation.test_whole import ODD, Anthropic, exactly, session
 from tests.support.rig import rig
-from tests.support.scripted_engine import ScriptedEngine
-from tests.support.scripts import Answer
 
 CALL = Answer(text="I look.", tool_calls=[("Bash", ODD)])
 

@@ -12,11 +12,11 @@ import pytest
 from aiohttp import web
 from msgspec.structs import replace
 
+from polar_mitm.conformance.scripted_engine import ScriptedEngine
+from polar_mitm.conformance.scripts import Answer, Script
 from polar_mitm.types import ModelCall
 from polar_mitm.upstream.probe import probe
 from tests.support.rig import MESSAGES, RESPONSES, Box, Rig, rig, until
-from tests.support.scripted_engine import ScriptedEngine
-from tests.support.scripts import Answer, Script
 
 TOOL = {"type": "object", "properties": {"command": {"type": "string"}}}
 # Arguments as no template writes them: a rendering of the history has other ids.

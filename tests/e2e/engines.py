@@ -8,10 +8,10 @@ from typing import Any
 
 from aiohttp import web
 
-from tests.support import byte_tokens
-from tests.support.engine_wire import EngineCall
-from tests.support.scripted_engine import ScriptedEngine
-from tests.support.scripts import Answer, Script, shell_call
+from polar_mitm.conformance import byte_tokens
+from polar_mitm.conformance.engine_wire import EngineCall
+from polar_mitm.conformance.scripted_engine import ScriptedEngine
+from polar_mitm.conformance.scripts import Answer, Script, shell_call
 
 LAST_WORDS = 'Done — “hello.txt” says hi.\n\nA second line with `code`, "quotes" and <tags>.'
 

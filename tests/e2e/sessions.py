@@ -13,11 +13,11 @@ import aiohttp
 from aiohttp import web
 
 from polar_mitm.cache import default_cache
+from polar_mitm.conformance import byte_tokens
+from polar_mitm.conformance.scripts import Answer, shell_call
 from polar_mitm_sandbox import recipes
 from polar_mitm_sandbox.install import ensure_harness
 from tests.e2e.engines import is_probe
-from tests.support import byte_tokens
-from tests.support.scripts import Answer, shell_call
 
 PROMPTS = ("Look around.", "Look again, and tell me more.", "Thank you.")
 NUM_TOOL_TURNS = (4, 1, 0)

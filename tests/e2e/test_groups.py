@@ -22,6 +22,7 @@ from polar_mitm.cli.groups import REWARD, Group, GroupRunner, Harness
 from polar_mitm.cli.hosting import EmbeddedHost, embedded
 from polar_mitm.cli.rollout import Job, Outcome
 from polar_mitm.config import Settings
+from polar_mitm.conformance.scripts import Answer, Script, shell_call
 from polar_mitm.errors import SetupError
 from polar_mitm.reconstruct import build
 from polar_mitm.store import open_reader
@@ -32,7 +33,6 @@ from tests.cli.test_run import ASK
 from tests.e2e.conftest import Cli, until
 from tests.e2e.engines import HarnessEngine, is_probe, told_by_tool
 from tests.sandbox.users import User, kinds
-from tests.support.scripts import Answer, Script, shell_call
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 

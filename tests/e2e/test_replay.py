@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from polar_mitm.conformance.scripts import Answer, Script
 from polar_mitm.reconstruct import build
 from polar_mitm.store import open_reader
 from polar_mitm.types import ModelCall
 from tests.e2e.conftest import Cli
 from tests.e2e.engines import LAST_WORDS, HarnessEngine, is_probe, writing
 from tests.support.record_fixtures import HARNESSES
-from tests.support.scripts import Answer, Script
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 

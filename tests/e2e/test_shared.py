@@ -12,12 +12,12 @@ import pytest
 
 from polar_mitm.cli.hosting import ControlHost
 from polar_mitm.cli.rollout import Job, Outcome, run_rollout
+from polar_mitm.conformance.scripts import Answer
 from polar_mitm.reconstruct import build
 from polar_mitm.store import open_reader
 from tests.e2e.conftest import Cli, Started, until
 from tests.e2e.engines import LAST_WORDS, HarnessEngine, told_by_tool
 from tests.support.record_fixtures import HARNESSES
-from tests.support.scripts import Answer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 NUM_SANDBOXES = 64

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from polar_mitm.conformance.scripts import Script
 from polar_mitm.reconstruct import BuildReport, Trajectory, build
 from polar_mitm.store import open_reader
 from polar_mitm.types import ModelCall
 from tests.e2e.conftest import Cli
 from tests.e2e.engines import HarnessEngine
 from tests.e2e.sessions import DELEGATE, Overflowing, delegating, garbling
-from tests.support.scripts import Script
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 WHOSE = {"claude-code": "x-claude-code-agent-id", "codex": "thread-id", "opencode": "x-session-id"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from tests.support import byte_tokens, engine_wire
-from tests.support.engine_wire import EngineCall, Token
-from tests.support.scripts import Answer
+from polar_mitm.conformance import byte_tokens, engine_wire
+from polar_mitm.conformance.engine_wire import EngineCall, Token
+from polar_mitm.conformance.scripts import Answer
 
 PROMPT = "<|im_start|>user\ngo<|im_end|>\n<|im_start|>assistant\n"
 PROMPT_IDS = byte_tokens.encode(PROMPT)

@@ -20,9 +20,9 @@ import torch
 from aiohttp import web
 from transformers import AutoModelForCausalLM
 
-from tests.support import byte_tokens
-from tests.support.scripted_engine import ScriptedEngine
-from tests.support.scripts import Answer
+from polar_mitm.conformance import byte_tokens
+from polar_mitm.conformance.scripted_engine import ScriptedEngine
+from polar_mitm.conformance.scripts import Answer
 
 PRINTABLE = [byte_tokens.BYTE_OFFSET + code for code in range(0x21, 0x7F)]
 

@@ -27,14 +27,15 @@ from typing import Any
 
 import msgspec
 
+from polar_mitm.conformance import byte_tokens
+from polar_mitm.conformance.engine_wire import EngineCall
+from polar_mitm.conformance.scripted_engine import ScriptedEngine
+from polar_mitm.conformance.scripts import Answer, shell_call
 from polar_mitm.store import open_reader
 from polar_mitm.types import ModelCall
 from polar_mitm.upstream.engine import EngineInfo
 from polar_mitm.upstream.probe import probe
-from tests.support import byte_tokens, recorded
-from tests.support.engine_wire import EngineCall
-from tests.support.scripted_engine import ScriptedEngine
-from tests.support.scripts import Answer, shell_call
+from tests.support import recorded
 from tests.support.scrub import Scrub
 
 POLAR_MITM = Path(sysconfig.get_path("scripts")) / "polar-mitm"

@@ -15,8 +15,8 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from tests.support.scripted_engine import ScriptedEngine
-from tests.support.scripts import Script
+from polar_mitm.conformance.scripted_engine import ScriptedEngine
+from polar_mitm.conformance.scripts import Script
 
 DIE = "die"
 """A fault: the connection is closed, and every later one is."""

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from polar_mitm.conformance import byte_tokens
+from polar_mitm.conformance.scripted_engine import ScriptedEngine
+from polar_mitm.conformance.scripts import Answer, Script, always
 from polar_mitm.errors import EngineUnfit
 from polar_mitm.upstream.engine import EngineInfo, Template
 from polar_mitm.upstream.probe import probe
-from tests.support import byte_tokens
 from tests.support.engine_bytes import events
-from tests.support.scripted_engine import ScriptedEngine
-from tests.support.scripts import Answer, Script, always
 
 # `<|im_start|>assistant` and a newline; a turn ends with `<|im_end|>`.
 TEMPLATE = Template(",".join(map(str, byte_tokens.encode("<|im_start|>assistant\n"))).encode(), 2)

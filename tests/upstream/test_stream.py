@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from polar_mitm.conformance.scripts import Answer
 from polar_mitm.errors import PolarError
 from polar_mitm.types import Delta, ToolCallDelta, Usage
 from polar_mitm.upstream.vllm import ChatStream, rejection
 from tests.support.engine_bytes import PROMPT_IDS, events, sampled, split
-from tests.support.scripts import Answer
 
 answers = st.builds(
     Answer,

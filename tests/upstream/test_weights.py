@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from polar_mitm.conformance.scripted_engine import ScriptedEngine
 from polar_mitm.errors import EngineUnfit, WeightsError
 from polar_mitm.upstream.engine import step_of
 from polar_mitm.upstream.probe import probe
 from polar_mitm.upstream.weights import UNKNOWN, Check, EngineWeights, Mode
-from tests.support.scripted_engine import ScriptedEngine
 from tests.support.updatable_engine import DIE, UpdatableEngine, adapter, checkpoint, scores
 
 IDS = [5, 7, 1, 9, 3]
