@@ -33,10 +33,12 @@ class Settings(BaseSettings):
     top_p: float = 1.0
     top_k: int = 0
     max_tokens: int | None = Field(default=None, ge=1, description="cap on sampled tokens per call")
+    max_answers: int = Field(default=16, ge=1, description="how many answers (n) one request may ask for")
 
     continuation: bool = True  # go on from the sampled ids instead of rendering them anew
     keep_reasoning: Literal["template", "always"] = "template"
 
+    websocket: bool = Field(default=True, description="serve Responses over WebSocket; else 426: use HTTP")
     max_body_bytes: int = Field(default=32 << 20, ge=1)
     connect_timeout_s: float = 5.0
     head_timeout_s: float = 50.0  # below the 60 s after which the least patient harness gives up

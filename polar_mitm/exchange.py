@@ -7,8 +7,9 @@
     exchange.feed(chunk) -> bytes         # for each chunk of the engine's answer, to be sent at once
     exchange.finish() -> bytes            # the engine's end: the terminal event, or the whole JSON answer
     exchange.fail(error), .cancel()       # the other two ways to end
-    exchange.record() -> ModelCall        # what to make durable before the bytes of `finish` are released
+    exchange.records() -> [ModelCall]     # what to make durable before the bytes of `finish` are released
 
+A request for several answers (`n`) is one request to the engine and one record for each answer.
 Nothing here raises for what a harness or an engine sends, and nothing blocks.
 """
 
@@ -24,20 +25,20 @@ from msgspec.structs import replace
 from polar_mitm.config import Settings
 from polar_mitm.continuation import Continued, Steps, go_on, remembering
 from polar_mitm.dialects.base import Dialect, Reply, StreamEncoder
-from polar_mitm.dialects.ids import minted, new_id
+from polar_mitm.dialects.ids import new_id, sibling
 from polar_mitm.dialects.roles import caller
 from polar_mitm.errors import PolarError
+from polar_mitm.gathered import Gathered, shares
 from polar_mitm.lineage import Found, Lineage
 from polar_mitm.types import (
+    ANSWER_OF,
     CallStatus,
     ChatRequest,
     Completion,
     Delta,
-    Message,
     ModelCall,
     Sampling,
-    TextPart,
-    ToolCall,
+    Usage,
     Wire,
 )
 from polar_mitm.upstream import vllm
@@ -100,13 +101,10 @@ class Exchange:
         self._stream = vllm.ChatStream()
         self._encoder: StreamEncoder | None = None
         self._request: ChatRequest | None = None
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
-        self._calls: dict[int, tuple[str, list[str]]] = {}
+        self._usage = Usage()
         self._sent: list[bytes] = []
         self._begun = False
         self._unsaid: PolarError | None = None  # it ended the call, and nothing was released
-        self.completion = Completion(Message("assistant"))
         self.call = ModelCall(
             call_id=call_id or new_id(),
             rollout_id=rollout_id,
@@ -119,8 +117,14 @@ class Exchange:
             tokenizer=engine.tokenizer,
             started_at=clock(),
         )
+        self._gathered = [Gathered(self.call)]
         self.ended = False
         """The call has an outcome."""
+
+    @property
+    def completion(self) -> Completion:
+        """The first answer, as far as it has come."""
+        return self._gathered[0].completion
 
     @property
     def complete(self) -> bool:
@@ -140,6 +144,7 @@ class Exchange:
             call.role, call.agent_id = who.role, who.agent_id
             call.sampling_requested = request.sampling
             call.sampling = self._decide(request.sampling)
+            self._limit(request)
             call.upstream_body = vllm.build_body(request, call.sampling, self._engine)
             if request.stream:
                 self._encoder = self._dialect.encoder(request, call.call_id, call.started_at)
@@ -149,9 +154,20 @@ class Exchange:
             return self.refuse(PolarError("internal", f"cannot translate the request: {error!r}"))
         call.model_requested = request.model
         call.stream = request.stream
-        call.notes = request.notes
+        call.notes = [*request.notes, *vllm.notes(request)]
         self._request = request
+        self._stream = vllm.ChatStream(request.n, request.top_logprobs)
+        self._gathered += [
+            Gathered(replace(call, call_id=sibling(call.call_id, k))) for k in range(1, request.n)
+        ]
         return self._continue(request)
+
+    def _limit(self, request: ChatRequest) -> None:
+        most = self._settings.max_answers
+        if not 1 <= request.n <= most:
+            raise PolarError(
+                "bad_request", f"n: {request.n} answers are asked for, and 1 to {most} are given"
+            )
 
     def _continue(self, request: ChatRequest) -> Step:
         """Find the call that this one continues. Whatever goes wrong, it can be rendered anew."""
@@ -267,10 +283,10 @@ class Exchange:
         if self.ended:
             error, self._unsaid = self._unsaid, None
             return b"" if error is None else self._reply("failed", error)
-        if not self._stream.done or self.completion.finish_reason in (None, "abort"):
+        if not self._stream.done or not all(answer.whole for answer in self._gathered):
             return self.fail(PolarError("upstream", "the engine's answer broke off"))
         assert self._request is not None
-        self.completion.message = self._message()
+        self._settle()
         try:
             if self._encoder is not None:
                 tail = self._encoder.finish(self.completion)
@@ -303,24 +319,36 @@ class Exchange:
     def cancel(self) -> None:
         """The harness hung up. What was sampled is kept."""
         if not self.ended:
-            self.completion.message = self._message()
+            self._settle()
             self._end("cancelled")
             self.call.error = "the harness hung up"
 
     def record(self, *, delivered: bool) -> ModelCall:
-        """The call as a row. `delivered`: the harness's connection took every byte so far."""
-        call, done = self.call, self.completion
+        """The first of `records`."""
+        return self.records(delivered=delivered)[0]
+
+    def records(self, *, delivered: bool) -> list[ModelCall]:
+        """The call as a row, and as many as there are answers: the first has the wire, the others name it.
+
+        `delivered`: the harness's connection took every byte so far.
+        """
+        call = self.call
         call.delivered = delivered and call.status == "ok"
-        call.prompt_token_ids = done.prompt_token_ids
-        call.completion_token_ids = done.completion_token_ids
-        call.behaviour_logprobs = done.behaviour_logprobs
-        call.usage = done.usage
-        call.finish_reason = done.finish_reason
         call.wire.response_body = b"".join(self._sent)
-        if call.status in ("ok", "cancelled"):
-            call.answer = done.message
+        counts = [len(answer.completion.completion_token_ids) for answer in self._gathered]
+        for answer, usage in zip(self._gathered, shares(self._usage, counts), strict=True):
+            done = answer.completion
+            if answer.call is not call:
+                answer.call = _further(call, answer.call)
+            answer.call.prompt_token_ids = done.prompt_token_ids
+            answer.call.completion_token_ids = done.completion_token_ids
+            answer.call.behaviour_logprobs = done.behaviour_logprobs
+            answer.call.usage = usage
+            answer.call.finish_reason = done.finish_reason
+            if call.status in ("ok", "cancelled"):
+                answer.call.answer = done.message
         self._remember()
-        return call
+        return [answer.call for answer in self._gathered]
 
     def _remember(self) -> None:
         """Later calls may continue this one."""
@@ -330,40 +358,23 @@ class Exchange:
         if self._continued.rendered is not None:
             text = self._continued.rendered.text
             rendered = None if self._continued.rendered == self.completion.prompt_token_ids else text
-        try:
-            self._lineage.add(self.call, self._request, rendered, self.completion.stop_reason)
-        except Exception:
-            logger.exception("lineage of call %s", self.call.call_id)
+        for answer in self._gathered:
+            try:
+                self._lineage.add(answer.call, self._request, rendered, answer.completion.stop_reason)
+            except Exception:
+                logger.exception("lineage of call %s", answer.call.call_id)
 
     # -- inside --------------------------------------------------------------------------------------
 
     def _absorb(self, delta: Delta) -> None:
-        done = self.completion
         if delta.prompt_token_ids is not None:
-            done.prompt_token_ids = delta.prompt_token_ids
+            for answer in self._gathered:
+                answer.completion.prompt_token_ids = delta.prompt_token_ids
             if self._continued.prompt_token_ids not in (None, delta.prompt_token_ids):
                 self._ignored()
-        if delta.token_ids:
-            version = self._policy_version() or None
-            if self.call.first_token_at is None:
-                self.call.first_token_at = self._clock()
-                self.call.policy_version = version
-            elif version != self.call.policy_version:
-                self.call.policy_version_last = version
-            done.completion_token_ids += delta.token_ids
-        if delta.logprobs:
-            done.behaviour_logprobs += delta.logprobs
-        if delta.text:
-            self._text.append(delta.text)
-        if delta.reasoning:
-            self._reasoning.append(delta.reasoning)
-        for part in delta.tool_calls:
-            self._calls.setdefault(part.index, (part.name or "", []))[1].append(part.arguments)
-        if delta.finish_reason is not None:
-            done.finish_reason = delta.finish_reason
-            done.stop_reason = delta.stop_reason
         if delta.usage is not None:
-            done.usage = delta.usage
+            self._usage = self.completion.usage = delta.usage
+        self._gathered[delta.choice].add(delta, self._clock, self._policy_version() or None)
 
     def _ignored(self) -> None:
         """The engine has used another prompt than the ids that it was given: never give it any again."""
@@ -373,20 +384,15 @@ class Exchange:
         self.call.continuation, self.call.edits = "none", []
         self.call.fallback = "engine_ignored_token_input"
 
-    def _message(self) -> Message:
-        calls = []
-        for index, (name, fragments) in sorted(self._calls.items()):
-            tool = self._request.find_tool(name) if self._request else None
-            wire_id = minted(self._dialect.tool_id_prefix, self.call.call_id, index)
-            kind, namespace = (tool.kind, tool.namespace) if tool else ("function", None)
-            calls.append(ToolCall(wire_id, tool.name if tool else name, "".join(fragments), kind, namespace))
-        text = "".join(self._text)
-        return Message(
-            "assistant",
-            [TextPart(text)] if text else [],
-            reasoning="".join(self._reasoning) or None,
-            tool_calls=calls,
-        )
+    def _settle(self) -> None:
+        """Put together what the answers say."""
+        for answer in self._gathered:
+            answer.settle(self._request, self._dialect.tool_id_prefix)
+        others = [answer.completion for answer in self._gathered[1:]]
+        counts = [len(done.completion_token_ids) for done in (self.completion, *others)]
+        for done, usage in zip(others, shares(self._usage, counts)[1:], strict=True):
+            done.usage = usage
+        self.completion.others = others
 
     @property
     def _released(self) -> bool:
@@ -448,3 +454,16 @@ class Exchange:
             self.call.wire.chunk_sizes.append(len(data))
             self.call.wire.chunk_at_ms.append((self._clock() - self.call.started_at) * 1000)
         return data
+
+
+def _further(first: ModelCall, own: ModelCall) -> ModelCall:
+    """The record of a further answer to the request of `first`, with what is its `own`."""
+    return replace(
+        first,
+        call_id=own.call_id,
+        first_token_at=own.first_token_at,
+        policy_version=own.policy_version,
+        policy_version_last=own.policy_version_last,
+        notes=[*first.notes, f"{ANSWER_OF}{first.call_id}"],
+        wire=Wire(),
+    )
