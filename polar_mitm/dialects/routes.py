@@ -1,11 +1,16 @@
-"""Which provider a host belongs to, and what each path on it is: tables, not code per path."""
+"""Which provider a host belongs to, and what each path on it is: tables, not code per path.
+
+What is no model call is in `side/*.toml`.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import Struct, field
+
+from polar_mitm.dialects.side_table import SIDE, Side
 
 RouteKind = Literal["model", "websocket", "stub", "unknown"]
 
@@ -15,19 +20,22 @@ HOSTS: dict[str, str] = {
     "chatgpt.com": "openai",
     "generativelanguage.googleapis.com": "google",
 }
-"""Provider hosts: the only names that a sandbox can resolve."""
+"""Provider hosts. A sandbox can resolve these, those of the settings, and `SIDE_HOSTS`; nothing else."""
+
+SIDE_HOSTS = frozenset(SIDE) - frozenset(HOSTS.values())
+"""Hosts that serve no models, and have an answer to what a harness asks them besides."""
 
 ERROR_DIALECT: dict[str, str] = {"anthropic": "anthropic", "openai": "openai_responses", "google": "gemini"}
 """The dialect in whose shape a provider's unknown paths are refused."""
 
 
 class Route(Struct, frozen=True):
-    """What a request is. `dialect` belongs to `model`; `status` and `body` to `stub`."""
+    """What a request is. `dialect` belongs to `model`; `side`, and what stands in its path, to `stub`."""
 
     kind: RouteKind
     dialect: str = ""
-    status: int = 404
-    body: bytes = b""
+    side: Side | None = None
+    groups: dict[str, str] = field(default_factory=dict)
 
 
 _MODEL = [
@@ -43,24 +51,12 @@ _MODEL = [
     ),
 ]
 
-# Side endpoints: answered here, never sent to the engine, never trained on. What is not listed gets a 404
-# in the provider's shape, which every harness measured accepts for its side traffic.
-_STUBS = [
-    ("anthropic", "HEAD|GET", r"/api/hello", 200, b'{"message":"hello"}'),
-    ("anthropic", "POST", r"/api/event_logging/.*", 200, b'{"accepted_count":0,"rejected_count":0}'),
-    ("anthropic", "POST", r"/api/eval/.*", 200, b'{"features":{}}'),
-    (
-        "anthropic",
-        "GET",
-        r"/api/claude_code/organizations/metrics_enabled",
-        200,
-        b'{"metrics_enabled":false}',
-    ),
-    ("openai", "POST", r"/(otlp/)?v1/(metrics|traces|logs)", 200, b"{}"),
-    ("openai", "POST", r"/backend-api/codex/analytics-events/.*", 200, b"{}"),
-]
-
 _WEBSOCKET = [("openai", r"/v1/responses|/backend-api/codex/responses")]
+
+
+def owner(host: str) -> str | None:
+    """Whose table a host is looked up in: a provider, the host's own, or None for one that does not exist."""
+    return HOSTS.get(host) or (host if host in SIDE_HOSTS else None)
 
 
 def route(provider: str, method: str, path: str, *, upgrade: bool = False) -> Route:
@@ -69,10 +65,10 @@ def route(provider: str, method: str, path: str, *, upgrade: bool = False) -> Ro
     if upgrade:
         known = any(p == provider and re.fullmatch(pattern, path) for p, pattern in _WEBSOCKET)
         return Route("websocket" if known else "unknown")
-    for owner, verb, pattern, dialect in _MODEL:
-        if owner == provider and verb == method and re.fullmatch(pattern, path):
+    for name, verb, pattern, dialect in _MODEL:
+        if name == provider and verb == method and re.fullmatch(pattern, path):
             return Route("model", dialect)
-    for owner, verbs, pattern, status, body in _STUBS:
-        if owner == provider and method in verbs.split("|") and re.fullmatch(pattern, path):
-            return Route("stub", status=status, body=b"" if method == "HEAD" else body)
+    for side in SIDE.get(provider, ()):
+        if (groups := side.match(method, path)) is not None:
+            return Route("stub", side=side, groups=groups)
     return Route("unknown")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from polar_mitm.dialects.registry import DIALECTS
-from polar_mitm.dialects.routes import ERROR_DIALECT, HOSTS, Route, route
+from polar_mitm.dialects.routes import ERROR_DIALECT, HOSTS, SIDE_HOSTS, Route, owner, route
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,11 @@ from polar_mitm.dialects.routes import ERROR_DIALECT, HOSTS, Route, route
         ("anthropic", "/v1/messages?beta=true", "anthropic"),
         ("openai", "/v1/responses", "openai_responses"),
         ("openai", "/backend-api/codex/responses", "openai_responses"),
+        ("openai", "/v1/chat/completions", "openai_chat"),
+        ("openai", "/compatible-mode/v1/chat/completions", "openai_chat"),
+        ("openai", "/api/v1/chat/completions", "openai_chat"),
+        ("google", "/v1beta/models/gemini-3.8-flash:generateContent", "gemini"),
+        ("google", "/v1/models/gemini-3.8-flash:streamGenerateContent?alt=sse", "gemini"),
     ],
 )
 def test_model_calls(provider: str, path: str, dialect: str) -> None:
@@ -28,19 +33,22 @@ def test_model_calls(provider: str, path: str, dialect: str) -> None:
         ("anthropic", "GET", "/v1/messages"),
         ("anthropic", "post", "/v1/messages"),
         ("anthropic", "POST", "/v1/messages/"),
-        ("anthropic", "POST", "/v1/messages/count_tokens"),
-        ("anthropic", "POST", "/v1/messages/batches"),
         ("anthropic", "POST", "//v1/messages"),
         ("anthropic", "POST", "/V1/messages"),
         ("anthropic", "POST", "/v1/responses"),
+        ("anthropic", "POST", "/v1/models"),
+        ("anthropic", "POST", "/v1/messages/count_tokens/x"),
         ("openai", "POST", "/v1/messages"),
         ("openai", "POST", "/v1/responses/compact"),
-        ("openai", "POST", "/v1/completions"),
-        ("openai", "POST", "/v1/embeddings"),
         ("openai", "GET", "/v1/responses/resp_1"),
+        ("openai", "GET", "/v1/responses/input_tokens"),
+        ("openai", "POST", "/x/v1/traces"),
+        ("google", "POST", "/v1beta/models/a/b:countTokens"),
+        ("google", "GET", "/v2/models"),
         ("nobody", "POST", "/v1/messages"),
         ("anthropic", "PUT", "/api/hello"),
-        ("openai", "POST", "/x/v1/traces"),
+        ("play.googleapis.com", "POST", "/v1beta/models/gemini-3.8-flash:generateContent"),
+        ("ab.chatgpt.com", "POST", "/v1/responses"),
     ],
 )
 def test_what_is_not_listed_is_unknown(provider: str, method: str, path: str) -> None:
@@ -52,17 +60,54 @@ def test_a_websocket_is_known_where_codex_opens_one(path: str) -> None:
     assert route("openai", "GET", path, upgrade=True).kind == "websocket"
     assert route("anthropic", "GET", path, upgrade=True).kind == "unknown"
     assert route("openai", "GET", "/v1/realtime", upgrade=True).kind == "unknown"
+    assert route("ab.chatgpt.com", "GET", path, upgrade=True).kind == "unknown"
 
 
-def test_stubs_answer_in_json_and_head_has_no_body() -> None:
-    get, head = (route("anthropic", method, "/api/hello") for method in ("GET", "HEAD"))
-    assert (get.kind, get.status, get.body) == ("stub", 200, b'{"message":"hello"}')
-    assert (head.kind, head.status, head.body) == ("stub", 200, b"")
+@pytest.mark.parametrize(
+    ("provider", "method", "path", "name", "groups"),
+    [
+        ("anthropic", "HEAD", "/api/hello", "is it there?", {}),
+        ("anthropic", "POST", "/v1/messages/count_tokens?beta=true", "token count", {}),
+        ("anthropic", "GET", "/v1/models?limit=5", "model list", {}),
+        ("anthropic", "GET", "/v1/models/claude-x", "one model", {"model": "claude-x"}),
+        ("openai", "GET", "/api/v1/models/qwen/qwen3", "one model", {"model": "qwen/qwen3"}),
+        (
+            "google",
+            "POST",
+            "/v1beta/models/gemini-x:countTokens",
+            "token count",
+            {"version": "/v1beta", "model": "gemini-x"},
+        ),
+        ("openai", "POST", "/v1/embeddings", "embeddings", {}),
+        ("google", "POST", "/v1beta/models/e:batchEmbedContents", "embeddings", {}),
+        ("play.googleapis.com", "POST", "/log?format=json", "telemetry of Gemini CLI", {}),
+    ],
+)
+def test_side_endpoints(provider: str, method: str, path: str, name: str, groups: dict[str, str]) -> None:
+    found = route(provider, method, path)
+    assert found.kind == "stub" and found.side is not None
+    assert (found.side.name, found.groups) == (name, groups)
 
 
 def test_every_provider_has_an_error_shape() -> None:
     assert set(HOSTS.values()) == set(ERROR_DIALECT)
     assert set(ERROR_DIALECT.values()) <= set(DIALECTS)
+
+
+def test_hosts_are_denied_by_default() -> None:
+    assert owner("api.anthropic.com") == "anthropic"
+    assert owner("play.googleapis.com") == "play.googleapis.com"
+    for name in (
+        "",
+        "anthropic",
+        "openai",
+        "google",
+        "googleapis.com",
+        "x.play.googleapis.com",
+        "github.com",
+    ):
+        assert owner(name) is None
+    assert all("." in host and host == host.lower() for host in SIDE_HOSTS)
 
 
 def test_the_registry_names_its_dialects() -> None:

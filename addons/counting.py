@@ -1,0 +1,79 @@
+"""How many tokens a request has, by the engine's own tokenizer and chat template."""
+
+from __future__ import annotations
+
+import aiohttp
+import msgspec
+from mitmproxy import http
+from msgspec import Struct
+
+from polar_mitm.compression import decompress, too_large
+from polar_mitm.dialects.base import Dialect
+from polar_mitm.dialects.side_table import Side
+from polar_mitm.errors import PolarError
+from polar_mitm.types import Sampling
+from polar_mitm.upstream import vllm
+from polar_mitm.upstream.render import Lookup, render, rendered
+from polar_mitm_addons.capture import Capture
+from polar_mitm_addons.streaming import TOO_LARGE
+
+_TOKENIZED = ("model", "messages", "tools")
+
+
+class _Count(Struct):
+    count: int
+
+
+async def count(capture: Capture, flow: http.HTTPFlow, side: Side, dialect: Dialect, path: str) -> int:
+    """The tokens of the model call that the request is about: translated and rendered as that would be.
+
+    `path` is that of the model call.
+
+    Raises:
+        PolarError: the request is wrong as a model call's would be (`bad_request`, `too_large`), or the
+            engine does not answer (`overloaded`).
+    """
+    settings, request = capture.settings, flow.request
+    if TOO_LARGE in flow.metadata:
+        raise too_large(settings.max_body_bytes)
+    headers = {name.lower(): value for name, value in request.headers.items()}
+    body = decompress(
+        request.raw_content or b"", headers.get("content-encoding", ""), settings.max_body_bytes
+    )
+    asked = dialect.decode(side.counted(body), headers, path)
+    sampling = Sampling(settings.temperature, settings.top_p, settings.top_k)
+    chat = vllm.build_body(asked, sampling, capture.engine)
+    status, answer = await _ask(capture, render(chat))
+    if status == 200:
+        try:
+            return len(rendered(answer))
+        except ValueError as error:
+            raise PolarError("overloaded", f"the engine's rendering: {error}") from error
+    # An engine renders nothing longer than its window, and an old one not at all; both tokenize.
+    status, words = await _ask(capture, _tokenize(chat))
+    if status == 200:
+        try:
+            return msgspec.json.decode(words, type=_Count).count
+        except msgspec.MsgspecError as error:
+            raise PolarError("overloaded", f"the engine's tokens: {error}") from error
+    raise vllm.rejection(status, answer, settings.retry_after_s)
+
+
+def _tokenize(chat: bytes) -> Lookup:
+    """Source: vLLM's `/tokenize`, which takes messages and tools, however long."""
+    fields = msgspec.json.decode(chat, type=dict[str, msgspec.Raw])
+    return Lookup("/tokenize", msgspec.json.encode({key: fields[key] for key in _TOKENIZED if key in fields}))
+
+
+async def _ask(capture: Capture, lookup: Lookup) -> tuple[int, bytes]:
+    settings = capture.settings
+    timeout = aiohttp.ClientTimeout(settings.render_timeout_s, sock_connect=settings.connect_timeout_s)
+    headers = {"content-type": "application/json"}
+    try:
+        async with capture.http.post(
+            capture.engine.url + lookup.path, data=lookup.body, headers=headers, timeout=timeout
+        ) as response:
+            return response.status, await response.read()
+    except (TimeoutError, aiohttp.ClientError, OSError) as error:
+        message = f"the engine does not count tokens now: {error or 'it is silent'}"
+        raise PolarError("overloaded", message, retry_after_s=settings.retry_after_s) from error
