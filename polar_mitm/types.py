@@ -228,7 +228,7 @@ class Wire(Struct):
     """Raw HTTP as seen on the harness's side, after content decoding of the request and redaction.
 
     `chunk_sizes` [K] bytes and `chunk_at_ms` [K] milliseconds since the call started say how the response
-    was paced.
+    was paced. `http_version` is the harness's own, "HTTP/1.1" or "HTTP/2.0".
     """
 
     method: str = ""
@@ -241,6 +241,7 @@ class Wire(Struct):
     response_body: bytes = b""
     chunk_sizes: list[int] = field(default_factory=list)
     chunk_at_ms: list[float] = field(default_factory=list)
+    http_version: str = ""
 
 
 ANSWER_OF = "answer_of:"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from polar_mitm_sandbox import trust
 from polar_mitm_sandbox.spec import HOME
@@ -14,8 +14,10 @@ STANDARD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _TELLTALE = re.compile(r"(^(https?|all|no|ftp|wss?)_proxy$)|(_(base_url|api_base)$)", re.IGNORECASE)
 
 
-def build(env: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
-    """Everything the harness's process starts with. Trust variables win over `env`."""
+def build(
+    env: Mapping[str, str], path: Sequence[str], mechanisms: Collection[str] | None = None
+) -> dict[str, str]:
+    """Everything the harness's process starts with. Trust variables (of `mechanisms`) win over `env`."""
     base = {
         "HOME": HOME,
         "USER": "agent",
@@ -26,4 +28,4 @@ def build(env: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
     }
     given = {name: value for name, value in env.items() if not _TELLTALE.search(name)}
     search = ":".join([*path, given.pop("PATH", STANDARD_PATH)])
-    return base | given | {"PATH": search} | trust.environment()
+    return base | given | {"PATH": search} | trust.environment(mechanisms)

@@ -132,7 +132,7 @@ class NamespaceSandbox:
         search = os.pathsep.join([*spec.path, os.environ.get("PATH", os.defpath)])
         command = executables.resolve(spec.command[0], search)
         who = identity.choose(spec.workdir)
-        env = environment.build(spec.env, [*spec.path, *command.path])
+        env = environment.build(spec.env, [*spec.path, *command.path], spec.trust)
         options = view.build(spec, who, env, command.shown, bwrap)
         try:
             options.add("--json-status-fd", str(status))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -41,6 +41,8 @@ class SandboxSpec:
         path: directories to put before the standard PATH.
         never_visible: host paths (store, CA key, state) that no mount may contain; `start` refuses otherwise.
         stdin, stdout, stderr: as for `subprocess.Popen`; stdin None means /dev/null, the others inherit.
+        trust: the only ways in which programs come to trust the CA, `system` or a variable of
+            `trust.environment`; None for all. For finding out which one is enough.
         timeout_s: after that long, counted from `start`, everything is killed.
     """
 
@@ -55,5 +57,6 @@ class SandboxSpec:
     stdin: int | IO[Any] | None = None
     stdout: int | IO[Any] | None = None
     stderr: int | IO[Any] | None = None
+    trust: Collection[str] | None = None
     timeout_s: float | None = None
     limits: Limits = field(default_factory=Limits)

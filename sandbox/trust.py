@@ -8,8 +8,11 @@ served from one bundle: the system's certificates and ours.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
+SYSTEM = "system"
+"""The mechanism that is no variable: the distribution's bundle and hashed directory."""
 # Where distributions keep the bundle: Debian, Fedora, the same extracted, SUSE, Alpine.
 SYSTEM_BUNDLES = (
     "/etc/ssl/certs/ca-certificates.crt",
@@ -33,15 +36,16 @@ def bundle(ca_pem: bytes) -> bytes:
     return ca_pem
 
 
-def environment() -> dict[str, str]:
-    """The variables that runtimes read instead of, or on top of, the system store."""
+def environment(mechanisms: Collection[str] | None = None) -> dict[str, str]:
+    """The variables that runtimes read instead of, or on top of, the system store; of these, or all."""
     whole_bundle = (
         "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "GIT_SSL_CAINFO", "CODEX_CA_CERTIFICATE",
     )  # fmt: skip
-    return dict.fromkeys(whole_bundle, BUNDLE_PATH) | {
+    every = dict.fromkeys(whole_bundle, BUNDLE_PATH) | {
         "NODE_EXTRA_CA_CERTS": CA_PATH,
         "NODE_USE_SYSTEM_CA": "1",
     }
+    return {name: value for name, value in every.items() if mechanisms is None or name in mechanisms}
 
 
 def system_files(ca_pem: bytes) -> tuple[str | None, dict[str, bytes], dict[str, bytes]]:

@@ -159,7 +159,15 @@ def _etc(view: View, spec: SandboxSpec, who: Identity) -> None:
         "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
     }.items():
         view.replace(name, text.encode())
-    directory, content, outside = trust.system_files(spec.ca_pem)
+    if spec.trust is None or trust.SYSTEM in spec.trust:
+        _system_store(view, spec.ca_pem)
+    view.parents(Path(trust.CA_PATH))
+    for name, pem in ((trust.CA_PATH, spec.ca_pem), (trust.BUNDLE_PATH, trust.bundle(spec.ca_pem))):
+        view.add("--perms", "0644", "--file", view.data(pem), name)
+
+
+def _system_store(view: View, ca_pem: bytes) -> None:
+    directory, content, outside = trust.system_files(ca_pem)
     if directory is not None:
         view.add("--tmpfs", directory)
         for name, pem in content.items():
@@ -167,9 +175,6 @@ def _etc(view: View, spec: SandboxSpec, who: Identity) -> None:
         view.add("--remount-ro", directory)
     for name, pem in outside.items():
         view.replace(name, pem)
-    view.parents(Path(trust.CA_PATH))
-    for name, pem in ((trust.CA_PATH, spec.ca_pem), (trust.BUNDLE_PATH, trust.bundle(spec.ca_pem))):
-        view.add("--perms", "0644", "--file", view.data(pem), name)
 
 
 def _shown(view: View, paths: list[Path]) -> None:

@@ -50,6 +50,8 @@ class Job:
     path: Sequence[str] = ()
     hosts: Mapping[str, str] = field(default_factory=dict)
     """Where it calls models, name -> provider, for an interceptor that is made for it."""
+    trust: Sequence[str] | None = None
+    """The only ways in which it comes to trust the interceptor's CA; all by default (`SandboxSpec`)."""
     timeout_s: float | None = None
     never_visible: Sequence[Path] = ()
     group_id: str | None = None
@@ -139,5 +141,6 @@ def _spec(job: Job, host: Host) -> SandboxSpec:
         stdin=job.stdin,
         stdout=job.stdout,
         stderr=job.stderr,
+        trust=job.trust,
         timeout_s=job.timeout_s,
     )

@@ -200,6 +200,7 @@ class _Http(msgspec.Struct):
     status: int
     request_headers: list[tuple[str, str]]
     response_headers: list[tuple[str, str]]
+    http_version: str = ""
 
 
 def wire_row(
@@ -218,6 +219,7 @@ def wire_row(
         wire.status,
         redact_headers(wire.request_headers, known),
         redact_headers(wire.response_headers, known),
+        wire.http_version,
     )
     pacing = msgspec.msgpack.encode((wire.chunk_sizes, wire.chunk_at_ms))
     return _as_json(http), base_id, request, upstream, response, pacing
@@ -297,6 +299,7 @@ def wire_of(row: Mapping[str, Any], request_body: bytes, response_body: bytes) -
         response_body=response_body,
         chunk_sizes=chunk_sizes,
         chunk_at_ms=chunk_at_ms,
+        http_version=http.http_version,
     )
 
 
