@@ -18,13 +18,17 @@ FINGERPRINT = "vllm-0.32.0-scripted"
 
 @dataclass
 class EngineCall:
-    """What the engine did for one request; `sent_token_ids` and `wire` are what it has written so far."""
+    """What the engine did for one request; `sent_token_ids` and `wire` are what it has written so far.
+
+    The token ids are the first answer's, `other_token_ids` those of further ones.
+    """
 
     number: int
     model: str
     request: dict[str, Any]
     prompt_token_ids: list[int]
     completion_token_ids: list[int] = field(default_factory=list)
+    other_token_ids: list[list[int]] = field(default_factory=list)
     sent_token_ids: list[int] = field(default_factory=list)
     wire: bytearray = field(default_factory=bytearray)
     outcome: str = "running"  # then: finished, cancelled, broken, refused
@@ -97,66 +101,100 @@ def merge(deltas: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def logprobs_json(tokens: list[Token]) -> dict[str, Any]:
-    """`logprobs` as in the OpenAI API, with vLLM's empty `top_logprobs`."""
-    return {
-        "content": [
-            {
-                "token": byte_tokens.token_bytes(t.token_id).decode(errors="replace"),
-                "logprob": t.logprob,
-                "bytes": list(byte_tokens.token_bytes(t.token_id)),
-                "top_logprobs": [],
-            }
-            for t in tokens
-        ]
-    }
+class Choice(NamedTuple):
+    """One of the answers to a request, as sampled."""
+
+    tokens: list[Token]
+    reason: str
 
 
-def whole(answer: Answer, call: EngineCall, tokens: list[Token], reason: str) -> dict[str, Any]:
+def choices(answer: Answer, request: dict[str, Any], call_no: int, room: float) -> list[Choice]:
+    """As many answers as the request asks for, each cut off at `room` tokens."""
+    made = []
+    for said in [answer, *answer.others, *[answer] * request.get("n", 1)][: request.get("n", 1)]:
+        tokens = sample(said, call_no)
+        reason = said.finish_reason or ("tool_calls" if said.tool_calls else "stop")
+        made.append(Choice(tokens[: int(room)], "length") if len(tokens) > room else Choice(tokens, reason))
+    return made
+
+
+def logprobs_json(tokens: list[Token], top: int = 0) -> dict[str, Any]:
+    """`logprobs` as in the OpenAI API; as in vLLM the sampled token is the first of `top_logprobs`."""
+    return {"content": [_logprob_json(t, top) for t in tokens]}
+
+
+def _logprob_json(token: Token, top: int) -> dict[str, Any]:
+    likeliest = [
+        (token.token_id, token.logprob),
+        *(((token.token_id + r) % 128, -r / 4) for r in range(1, top)),
+    ]
+    shown = [
+        {
+            "token": byte_tokens.token_bytes(token_id).decode(errors="replace"),
+            "logprob": logprob,
+            "bytes": list(byte_tokens.token_bytes(token_id)),
+        }
+        for token_id, logprob in likeliest
+    ]
+    return {**shown[0], "top_logprobs": shown[:top]}
+
+
+def whole(answer: Answer, call: EngineCall, made: list[Choice]) -> dict[str, Any]:
     """The body of an answer that is not streamed."""
     want_ids = call.request.get("return_token_ids")
-    message = {"role": "assistant", "content": None, "reasoning": None, **merge([t.delta for t in tokens])}
-    for piece in message.get("tool_calls", []):
-        piece.pop("index")
-    choice: dict[str, Any] = {
-        "index": 0,
-        "message": message,
-        "logprobs": logprobs_json(tokens)
-        if call.request.get("logprobs") and not answer.omit_logprobs
-        else None,
-        "finish_reason": reason,
-        "stop_reason": None,
-        "token_ids": call.completion_token_ids if want_ids and not answer.omit_token_ids else None,
-    }
     return {
         **_head(call, "chat.completion"),
-        "choices": [choice],
+        "choices": [_whole_choice(answer, call, *each) for each in enumerate(made)],
         "system_fingerprint": FINGERPRINT,
         "usage": _usage(call),
         "prompt_token_ids": call.prompt_token_ids if want_ids and not answer.omit_prompt_token_ids else None,
     }
 
 
-def stream(answer: Answer, call: EngineCall, tokens: list[Token], reason: str) -> Iterator[tuple[bytes, int]]:
-    """The stream's events, each with the number of sampled tokens that it carries."""
+def _whole_choice(answer: Answer, call: EngineCall, index: int, made: Choice) -> dict[str, Any]:
+    tokens, body = made.tokens, call.request
+    message = {"role": "assistant", "content": None, "reasoning": None, **merge([t.delta for t in tokens])}
+    for piece in message.get("tool_calls", []):
+        piece.pop("index")
+    want_ids = body.get("return_token_ids") and not answer.omit_token_ids
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": _asked_logprobs(answer, body, tokens),
+        "finish_reason": made.reason,
+        "stop_reason": None,
+        "token_ids": [t.token_id for t in tokens] if want_ids else None,
+    }
+
+
+def _asked_logprobs(answer: Answer, body: dict[str, Any], tokens: list[Token]) -> dict[str, Any] | None:
+    wanted = body.get("logprobs") and not answer.omit_logprobs
+    return logprobs_json(tokens, body.get("top_logprobs") or 0) if wanted else None
+
+
+def stream(answer: Answer, call: EngineCall, made: list[Choice]) -> Iterator[tuple[bytes, int]]:
+    """The stream's events, each with the number of the first answer's tokens that it carries."""
     body = call.request
     head = _head(call, "chat.completion.chunk")
     want_ids = bool(body.get("return_token_ids"))
-    first: dict[str, Any] = {**head, "choices": [_choice({"role": "assistant", "content": ""})]}
-    if want_ids and not answer.omit_prompt_token_ids:
-        first["prompt_token_ids"] = call.prompt_token_ids
-    yield event(first), 0
+    for index in range(len(made)):
+        first: dict[str, Any] = {**head, "choices": [_choice(index, {"role": "assistant", "content": ""})]}
+        if want_ids and not answer.omit_prompt_token_ids:
+            first["prompt_token_ids"] = call.prompt_token_ids
+        yield event(first), 0
     step = answer.tokens_per_chunk
-    for start in range(0, len(tokens), step):
-        part = tokens[start : start + step]
-        choice = _choice(merge([t.delta for t in part]))
-        if body.get("logprobs") and not answer.omit_logprobs:
-            choice["logprobs"] = logprobs_json(part)
-        if start + step >= len(tokens):
-            choice.update(finish_reason=reason, stop_reason=None)
-        if want_ids and not answer.omit_token_ids:
-            choice["token_ids"] = [t.token_id for t in part]
-        yield event({**head, "choices": [choice]}), len(part)
+    for start in range(0, max(len(each.tokens) for each in made), step):
+        for index, (tokens, reason) in enumerate(made):
+            part = tokens[start : start + step]
+            if not part:
+                continue
+            choice = _choice(index, merge([t.delta for t in part]))
+            choice["logprobs"] = _asked_logprobs(answer, body, part)
+            if start + step >= len(tokens):
+                choice.update(finish_reason=reason, stop_reason=None)
+            if want_ids and not answer.omit_token_ids:
+                choice["token_ids"] = [t.token_id for t in part]
+            yield event({**head, "choices": [choice]}), 0 if index else len(part)
     if (body.get("stream_options") or {}).get("include_usage"):
         tail = {**head, "choices": [], "usage": _usage(call), "system_fingerprint": FINGERPRINT}
         yield event(tail), 0
@@ -167,12 +205,13 @@ def _head(call: EngineCall, kind: str) -> dict[str, Any]:
     return {"id": f"chatcmpl-{call.number:016x}", "object": kind, "created": CREATED, "model": call.model}
 
 
-def _choice(delta: dict[str, Any]) -> dict[str, Any]:
-    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
+def _choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
 def _usage(call: EngineCall) -> dict[str, Any]:
-    prompt, sampled = len(call.prompt_token_ids), len(call.completion_token_ids)
+    prompt = len(call.prompt_token_ids)
+    sampled = sum(map(len, [call.completion_token_ids, *call.other_token_ids]))
     return {"prompt_tokens": prompt, "total_tokens": prompt + sampled, "completion_tokens": sampled}
 
 

@@ -27,8 +27,10 @@ from typing import Any, Self
 from aiohttp import web
 
 from polar_mitm.conformance import byte_tokens, engine_wire
-from polar_mitm.conformance.engine_wire import CREATED, EngineCall, Token
+from polar_mitm.conformance.engine_wire import CREATED, Choice, EngineCall
 from polar_mitm.conformance.scripts import Answer, Script, always, write_file_in_two_turns
+
+MAX_TOP_LOGPROBS = 20  # vLLM's own default
 
 
 class ScriptedEngine:
@@ -155,11 +157,12 @@ class ScriptedEngine:
                 f"has {len(prompt_ids)} input tokens. Please reduce the length of the input messages.",
                 param="input_tokens",
             )
-        tokens = engine_wire.sample(answer, call.number)
-        limit = min(limit, self.max_model_len - len(prompt_ids))
-        cut = len(tokens) > limit
-        tokens = tokens[: int(limit)] if cut else tokens
-        reason = "length" if cut else answer.finish_reason or ("tool_calls" if answer.tool_calls else "stop")
+        if problem := _unanswerable(body):
+            call.end("refused")
+            return _error(400, "BadRequestError", problem)
+        made = engine_wire.choices(
+            answer, body, call.number, min(limit, self.max_model_len - len(prompt_ids))
+        )
         try:
             await asyncio.sleep(answer.first_token_delay_s)
             if answer.status != 200:
@@ -169,24 +172,25 @@ class ScriptedEngine:
                 if answer.error is not None:
                     return web.json_response(answer.error, status=answer.status, headers=answer.headers)
                 return _error(answer.status, "InternalServerError", "scripted error", headers=answer.headers)
-            call.completion_token_ids = [t.token_id for t in tokens]
+            ids = [[t.token_id for t in each.tokens] for each in made]
+            call.completion_token_ids, *call.other_token_ids = ids
             if body.get("stream"):
-                return await self._stream(http, answer, call, tokens, reason)
-            await asyncio.sleep(answer.chunk_delay_s * len(tokens) / answer.tokens_per_chunk)
+                return await self._stream(http, answer, call, made)
+            await asyncio.sleep(answer.chunk_delay_s * len(ids[0]) / answer.tokens_per_chunk)
             call.sent_token_ids = call.completion_token_ids
             call.end("finished")
-            return web.json_response(engine_wire.whole(answer, call, tokens, reason))
+            return web.json_response(engine_wire.whole(answer, call, made))
         except (asyncio.CancelledError, ConnectionError):
             call.end("cancelled")
             raise
 
     async def _stream(
-        self, http: web.Request, answer: Answer, call: EngineCall, tokens: list[Token], reason: str
+        self, http: web.Request, answer: Answer, call: EngineCall, made: list[Choice]
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8"})
         await response.prepare(http)
         sent, garbage = 0, answer.garbage
-        for chunk, num_tokens in engine_wire.stream(answer, call, tokens, reason):
+        for chunk, num_tokens in engine_wire.stream(answer, call, made):
             if num_tokens and sent:
                 await asyncio.sleep(answer.chunk_delay_s)
             await response.write(chunk)
@@ -209,6 +213,18 @@ class ScriptedEngine:
                 return response
         call.end("finished")
         return response
+
+
+def _unanswerable(body: dict[str, Any]) -> str | None:
+    """What vLLM refuses of a request for several answers or for the likeliest tokens."""
+    num, top = body.get("n", 1), body.get("top_logprobs") or 0
+    if num < 1:
+        return f"n must be at least 1, got {num}."
+    if num > 1 and body.get("temperature") == 0:
+        return f"n must be 1 when using greedy sampling, got {num}."
+    if top > MAX_TOP_LOGPROBS:
+        return f"Requested sample logprobs of {top}, which is greater than max allowed: {MAX_TOP_LOGPROBS}"
+    return None
 
 
 def _error_json(status: int, kind: str, message: str, param: str | None = None) -> dict[str, Any]:

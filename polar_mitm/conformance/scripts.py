@@ -17,6 +17,8 @@ class Answer:
     `headers`. Faults in a stream come once `n` tokens are out: `break_after_tokens` closes the connection,
     `error_after_tokens` sends vLLM's in-band error, `garbage_after_tokens` sends the bytes of `garbage` and
     goes on. `omit_*` drop what a token-faithful capture needs; `logprob` replaces each sampled logprob.
+    Where a request wants several answers (`n`), `others` are what the further ones say, beyond those the same
+    again; delays and faults are the first one's.
     """
 
     text: str = ""
@@ -37,6 +39,7 @@ class Answer:
     omit_token_ids: bool = False
     omit_logprobs: bool = False
     logprob: float | None = None
+    others: Sequence[Answer] = ()
 
 
 Script = Callable[[dict[str, Any], int], Answer]

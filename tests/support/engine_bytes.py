@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
+from typing import Any
 
 from polar_mitm.conformance import byte_tokens, engine_wire
 from polar_mitm.conformance.engine_wire import EngineCall, Token
@@ -10,15 +12,20 @@ from polar_mitm.conformance.scripts import Answer
 
 PROMPT = "<|im_start|>user\ngo<|im_end|>\n<|im_start|>assistant\n"
 PROMPT_IDS = byte_tokens.encode(PROMPT)
-_ASKED = {"return_token_ids": True, "logprobs": True, "stream_options": {"include_usage": True}}
+_ASKED: dict[str, Any] = {
+    "return_token_ids": True,
+    "logprobs": True,
+    "stream_options": {"include_usage": True},
+}
 
 
-def events(answer: Answer, *, prompt_ids: list[int] = PROMPT_IDS) -> list[bytes]:
-    """The engine's stream, event by event; the last is `[DONE]`."""
-    tokens = engine_wire.sample(answer, 0)
-    call = EngineCall(0, "scripted", _ASKED, prompt_ids, [t.token_id for t in tokens])
-    reason = answer.finish_reason or ("tool_calls" if answer.tool_calls else "stop")
-    return [event for event, _ in engine_wire.stream(answer, call, tokens, reason)]
+def events(answer: Answer, *, prompt_ids: list[int] = PROMPT_IDS, **asked: Any) -> list[bytes]:
+    """The engine's stream, event by event; the last is `[DONE]`. `asked`: further request fields."""
+    body = _ASKED | asked
+    made = engine_wire.choices(answer, body, 0, math.inf)
+    first, *others = [[t.token_id for t in each.tokens] for each in made]
+    call = EngineCall(0, "scripted", body, prompt_ids, first, others)
+    return [event for event, _ in engine_wire.stream(answer, call, made)]
 
 
 def sampled(answer: Answer) -> list[Token]:
