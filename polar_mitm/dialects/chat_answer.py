@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from polar_mitm import sse
-from polar_mitm.dialects.chat_request import FUNCTIONS
+from polar_mitm.dialects.chat_tools import FUNCTIONS
 from polar_mitm.dialects.custom_tool import InputUnwrapper, unwrap
 from polar_mitm.dialects.ids import minted, sibling
 from polar_mitm.dialects.responses_answer import ERRORS

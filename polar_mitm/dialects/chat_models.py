@@ -96,8 +96,11 @@ Message: TypeAlias = System | Developer | User | Assistant | ToolResult | Functi
 # --- tools ----------------------------------------------------------------------------------------------
 
 
+Name = Annotated[str, Meta(min_length=1)]
+
+
 class Function(Struct):
-    name: str
+    name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
 
@@ -115,7 +118,7 @@ class Format(Struct):
 class Custom(Struct):
     """A tool whose input is free text, or text of a grammar."""
 
-    name: str
+    name: Name
     description: str | None = None
     format: Format | None = None
 
@@ -147,6 +150,14 @@ class StreamOptions(Struct):
 
 class Thinking(Struct):
     type: str | None = None
+
+
+class Reasoning(Struct):
+    """OpenRouter's way to say it."""
+
+    effort: str | None = None
+    enabled: bool | None = None
+    exclude: bool | None = None
 
 
 class TemplateKwargs(Struct):
@@ -185,4 +196,5 @@ class Request(Struct):
     enable_thinking: bool | None = None
     include_reasoning: bool | None = None
     thinking: Thinking | None = None
+    reasoning: Reasoning | None = None
     chat_template_kwargs: TemplateKwargs | None = None

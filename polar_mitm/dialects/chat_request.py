@@ -15,9 +15,8 @@ from typing import Any
 import msgspec
 
 from polar_mitm.dialects import chat_models as wire
-from polar_mitm.dialects import responses_models
+from polar_mitm.dialects import chat_tools
 from polar_mitm.dialects.ids import call_id_of
-from polar_mitm.dialects.responses_tools import Toolbox
 from polar_mitm.errors import PolarError
 from polar_mitm.types import (
     ChatRequest,
@@ -26,13 +25,8 @@ from polar_mitm.types import (
     Part,
     Sampling,
     TextPart,
-    Tool,
     ToolCall,
-    ToolChoice,
 )
-
-FUNCTIONS = "mapped:functions"
-"""The note of a request in the first form of tools: its answer calls by `function_call`."""
 
 _decode = msgspec.json.Decoder(wire.Request).decode
 
@@ -56,8 +50,7 @@ def decode(body: bytes) -> ChatRequest:
     messages = history.messages()
     if not messages:
         raise PolarError("bad_request", "messages: there is nothing to answer")
-    tools = Toolbox(notes)
-    choice, offered = _tools(asked, tools, notes)
+    choice, offered = chat_tools.offered(asked, notes)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise PolarError("bad_request", "top_logprobs: only with logprobs true")
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
@@ -68,7 +61,7 @@ def decode(body: bytes) -> ChatRequest:
         messages=messages,
         tools=offered,
         tool_choice=choice,
-        parallel_tool_calls=False if FUNCTIONS in notes else asked.parallel_tool_calls,
+        parallel_tool_calls=False if chat_tools.FUNCTIONS in notes else asked.parallel_tool_calls,
         sampling=Sampling(asked.temperature, asked.top_p, top_k, max_tokens, [s for s in stop if s] or None),
         stream=bool(asked.stream),
         stream_usage=bool(asked.stream_options and asked.stream_options.include_usage),
@@ -83,9 +76,11 @@ def decode(body: bytes) -> ChatRequest:
 def _show_reasoning(asked: wire.Request) -> bool:
     """Whether the answer may hold reasoning; whether there is any is for the engine's template to say."""
     kwargs = asked.chat_template_kwargs or wire.TemplateKwargs()
-    switches = (asked.enable_thinking, asked.include_reasoning, kwargs.enable_thinking)
+    router = asked.reasoning or wire.Reasoning()
+    switches = (asked.enable_thinking, asked.include_reasoning, kwargs.enable_thinking, router.enabled)
     disabled = asked.thinking is not None and asked.thinking.type == "disabled"
-    return False not in switches and not disabled and asked.reasoning_effort != "none"
+    no_effort = "none" in (asked.reasoning_effort, router.effort)
+    return not (False in switches or disabled or no_effort or router.exclude)
 
 
 def _schema(form: wire.ResponseFormat | None) -> dict[str, Any] | None:
@@ -98,62 +93,6 @@ def _schema(form: wire.ResponseFormat | None) -> dict[str, Any] | None:
     if form.json_schema is None or form.json_schema.schema is None:
         raise PolarError("bad_request", "response_format.json_schema.schema: field required")
     return form.json_schema.schema
-
-
-# --- tools ----------------------------------------------------------------------------------------------
-# The Responses API has the same tools with one level less: they are brought into its form.
-
-
-def _tools(asked: wire.Request, tools: Toolbox, notes: dict[str, None]) -> tuple[ToolChoice, list[Tool]]:
-    flat = [_flat_tool(tool, f"tools[{index}]") for index, tool in enumerate(asked.tools or [])]
-    tools.add(flat, "tools")
-    if asked.web_search_options is not None or asked.enable_search:
-        notes["withheld:web_search"] = None
-    if "audio" in (asked.modalities or ()):
-        notes["withheld:audio"] = None
-    if not asked.functions or asked.tools:
-        choice = _flat_choice(asked.tool_choice)
-        kind = choice["type"] if isinstance(choice, dict) and "type" in choice else None
-        return tools.choose(choice, f"tool_choice.{kind}.name")
-    notes[FUNCTIONS] = None
-    tools.add([_flat_function(function) for function in asked.functions], "functions")
-    match asked.function_call:
-        case {"name": str(name)}:
-            return tools.choose({"type": "function", "name": name}, "function_call.name")
-        case None | "auto" | "none" as mode:
-            return tools.choose(mode)
-    raise PolarError("bad_request", "function_call: neither auto, none nor a function")
-
-
-def _flat_tool(tool: wire.Tool, at: str) -> responses_models.Tool:
-    if tool.type == "function":
-        if tool.function is None:
-            raise PolarError("bad_request", f"{at}.function: field required")
-        flat = _flat_function(tool.function)
-    elif tool.type == "custom":
-        if tool.custom is None:
-            raise PolarError("bad_request", f"{at}.custom: field required")
-        grammar = tool.custom.format and tool.custom.format.grammar
-        form = {"type": "grammar", **msgspec.to_builtins(grammar)} if grammar else None
-        flat = responses_models.Tool("custom", tool.custom.name, tool.custom.description, format=form)
-    else:
-        flat = responses_models.Tool(tool.type)
-    flat.defer_loading = tool.defer_loading
-    return flat
-
-
-def _flat_function(function: wire.Function) -> responses_models.Tool:
-    return responses_models.Tool("function", function.name, function.description, function.parameters)
-
-
-def _flat_choice(choice: Any) -> Any:
-    match choice:
-        case {"type": "function" | "custom" as kind, **rest}:
-            named = rest.get(kind)
-            return {"type": kind, "name": named.get("name") if isinstance(named, dict) else None}
-        case {"type": "allowed_tools", "allowed_tools": {"tools": list(allowed), **rest}}:
-            return {"type": "allowed_tools", "tools": [_flat_choice(entry) for entry in allowed], **rest}
-    return choice
 
 
 # --- messages -------------------------------------------------------------------------------------------
@@ -208,7 +147,7 @@ class _History:
 
     def _assistant(self, message: wire.Assistant, content: list[Part], at: str) -> Message:
         # The model samples one run of text; parts are only how a harness keeps it.
-        text = "".join(part.text for part in content if isinstance(part, TextPart))
+        text = "".join(p.text if isinstance(p, TextPart) else "[image]" for p in content)
         if message.refusal:
             text += message.refusal
         if message.audio is not None:
