@@ -146,7 +146,7 @@ def whole(answer: Answer, call: EngineCall, made: list[Choice]) -> dict[str, Any
         **_head(call, "chat.completion"),
         "choices": [_whole_choice(answer, call, *each) for each in enumerate(made)],
         "system_fingerprint": FINGERPRINT,
-        "usage": _usage(call),
+        "usage": _usage(answer, call),
         "prompt_token_ids": call.prompt_token_ids if want_ids and not answer.omit_prompt_token_ids else None,
     }
 
@@ -196,7 +196,7 @@ def stream(answer: Answer, call: EngineCall, made: list[Choice]) -> Iterator[tup
                 choice["token_ids"] = [t.token_id for t in part]
             yield event({**head, "choices": [choice]}), 0 if index else len(part)
     if (body.get("stream_options") or {}).get("include_usage"):
-        tail = {**head, "choices": [], "usage": _usage(call), "system_fingerprint": FINGERPRINT}
+        tail = {**head, "choices": [], "usage": _usage(answer, call), "system_fingerprint": FINGERPRINT}
         yield event(tail), 0
     yield b"data: [DONE]\n\n", 0
 

@@ -189,6 +189,7 @@ class ScriptedEngine:
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8"})
         await response.prepare(http)
+        await asyncio.sleep(answer.silence_s)
         sent, garbage = 0, answer.garbage
         for chunk, num_tokens in engine_wire.stream(answer, call, made):
             if num_tokens and sent:

@@ -13,7 +13,8 @@ from typing import Any
 class Answer:
     """One answer of the engine, faults included.
 
-    Delays are seconds. `status` other than 200 answers `error` (by default vLLM's error body) at once, with
+    Delays are seconds; `silence_s` is between the head of a stream and its first event, as of an engine that
+    prefills for long. `num_prompt_tokens` is what usage says in place of the prompt's length. `status` other than 200 answers `error` (by default vLLM's error body) at once, with
     `headers`. Faults in a stream come once `n` tokens are out: `break_after_tokens` closes the connection,
     `error_after_tokens` sends vLLM's in-band error, `garbage_after_tokens` sends the bytes of `garbage` and
     goes on. `omit_*` drop what a token-faithful capture needs; `logprob` replaces each sampled logprob.
@@ -27,7 +28,9 @@ class Answer:
     finish_reason: str | None = None
     tokens_per_chunk: int = 4
     first_token_delay_s: float = 0.0
+    silence_s: float = 0.0
     chunk_delay_s: float = 0.0
+    num_prompt_tokens: int | None = None
     status: int = 200
     error: dict[str, Any] | str | None = None
     headers: dict[str, str] = field(default_factory=dict)
