@@ -209,8 +209,8 @@ def _choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
-def _usage(call: EngineCall) -> dict[str, Any]:
-    prompt = len(call.prompt_token_ids)
+def _usage(answer: Answer, call: EngineCall) -> dict[str, Any]:
+    prompt = len(call.prompt_token_ids) if answer.num_prompt_tokens is None else answer.num_prompt_tokens
     sampled = sum(map(len, [call.completion_token_ids, *call.other_token_ids]))
     return {"prompt_tokens": prompt, "total_tokens": prompt + sampled, "completion_tokens": sampled}
 

@@ -13,8 +13,9 @@ from typing import Any
 class Answer:
     """One answer of the engine, faults included.
 
-    Delays are seconds; `silence_s` is between the head of a stream and its first event, as of an engine that
-    prefills for long. `num_prompt_tokens` is what usage says in place of the prompt's length. `status` other than 200 answers `error` (by default vLLM's error body) at once, with
+    Delays are seconds; `silence_s` is between a stream's head and its first event, as of an engine whose
+    prefill takes long. `num_prompt_tokens` is what usage says in place of the prompt's length. `status` other
+    than 200 answers `error` (by default vLLM's error body) at once, with
     `headers`. Faults in a stream come once `n` tokens are out: `break_after_tokens` closes the connection,
     `error_after_tokens` sends vLLM's in-band error, `garbage_after_tokens` sends the bytes of `garbage` and
     goes on. `omit_*` drop what a token-faithful capture needs; `logprob` replaces each sampled logprob.
