@@ -14,7 +14,8 @@ import aiohttp
 from msgspec.structs import replace
 
 from polar_mitm.config import Settings
-from polar_mitm.dialects.routes import HOSTS
+from polar_mitm.dialects.responses_state import Responses
+from polar_mitm.dialects.routes import owner
 from polar_mitm.lineage import Lineage
 from polar_mitm.types import EgressEvent, EgressLayer, EgressVerdict, ModelCall
 from polar_mitm.upstream.engine import EngineInfo
@@ -42,6 +43,7 @@ class Session:
     closed: bool = False
     seq: int = 0
     lineage: Lineage = field(default_factory=Lineage)
+    responses: Responses = field(default_factory=Responses)
 
     def next_seq(self) -> int:
         self.seq += 1
@@ -64,9 +66,11 @@ class Capture:
     """Ids of clients that have neither begun TLS nor made a request yet."""
 
     def provider(self, host: str) -> str | None:
-        """The provider that `host` belongs to; None for a host that nobody may talk to."""
+        """The provider that `host` belongs to, or its own name where it serves no models; None for a host
+        that nobody may talk to.
+        """
         host = host.rstrip(".").lower()
-        return self.settings.hosts.get(host) or HOSTS.get(host)
+        return self.settings.hosts.get(host) or owner(host)
 
     def session(self, client_id: str) -> Session | None:
         """Whose connection this is: decided by the listener that accepted it, never by its content."""

@@ -15,6 +15,7 @@ from polar_mitm_addons.listeners import Listeners
 from polar_mitm_addons.metrics import Metrics
 from polar_mitm_addons.streaming import Streaming
 from polar_mitm_addons.stubs import Stubs
+from polar_mitm_addons.websocket import MessageCalls, WebSockets
 
 OPTIONS: dict[str, Any] = {
     "connection_strategy": "lazy",  # never dial before a request is understood, and then never
@@ -25,7 +26,7 @@ OPTIONS: dict[str, Any] = {
 """mitmproxy's options that our addons rely on."""
 
 
-class ModelCalls(Protocol):
+class ModelCalls(MessageCalls, Protocol):
     """The addon that answers model calls: `Intercept`, or in a replay `ServeRecorded`."""
 
     async def request(self, flow: http.HTTPFlow) -> None: ...
@@ -50,6 +51,7 @@ class Chain:
             Egress(),
             Identify(capture),
             self.intercept,
+            WebSockets(capture, self.intercept),
             Stubs(capture),
             self.metrics,
             self.listeners,

@@ -14,8 +14,9 @@ import aiohttp
 from mitmproxy import connection, http
 
 from polar_mitm.compression import decompress, too_large
-from polar_mitm.dialects.base import Reply
+from polar_mitm.dialects.base import Dialect, Reply
 from polar_mitm.dialects.registry import DIALECTS
+from polar_mitm.dialects.responses_socket import SOCKET, headers_of, prewarm
 from polar_mitm.dialects.routes import route
 from polar_mitm.errors import PolarError
 from polar_mitm.exchange import Exchange, Lookups, Step
@@ -25,6 +26,7 @@ from polar_mitm_addons.capture import RECORD_TIMEOUT_S, Capture, Session
 from polar_mitm_addons.identify import PROVIDER, wants_websocket
 from polar_mitm_addons.replies import stream_head, to_response
 from polar_mitm_addons.streaming import ANSWER, GONE, TOO_LARGE, Answer, send
+from polar_mitm_addons.websocket import Message
 
 logger = logging.getLogger(__name__)
 
@@ -37,24 +39,14 @@ class Intercept:
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
         self._live: set[_Call] = set()
+        self.websocket = True
 
     async def request(self, flow: http.HTTPFlow) -> None:
         if (asked := model_call(self._capture, flow)) is None:
             return
         session, dialect = asked
-        exchange = Exchange(
-            DIALECTS[dialect],
-            self._capture.engine,
-            self._capture.settings,
-            rollout_id=session.rollout_id,
-            seq=session.next_seq(),
-            lineage=session.lineage,
-            answers=self._capture.answers,
-            policy_version=self._capture.policy_version,
-        )
-        call = _Call(self._capture, session, flow, exchange)
-        self._live.add(call)
-        call.task.add_done_callback(lambda _: self._live.discard(call))
+        exchange = self._exchange(session, DIALECTS[dialect])
+        call = self._begun(_Call(self._capture, session, flow, exchange))
         flow.metadata[GONE] = call.cancel
         try:
             flow.response = await call.head()
@@ -62,6 +54,37 @@ class Intercept:
             logger.exception("intercept failed")
             error = PolarError("internal", "the interceptor failed; see its log")
             flow.response = to_response(DIALECTS[dialect].encode_error(error, exchange.call.call_id))
+
+    async def message(self, session: Session, asked: Message) -> None:
+        """Answer a message that asks for a response, on the WebSocket that it came by."""
+        if (prewarmed := prewarm(asked.wire)) is not None:
+            prewarmed.rollout_id, prewarmed.seq = session.rollout_id, session.next_seq()
+            session.responses.keep(prewarmed.wire)
+            await self._capture.record(session, prewarmed)
+            await asked.send(prewarmed.wire.response_body)
+            return
+        exchange = self._exchange(session, SOCKET)
+        call = self._begun(_SocketCall(self._capture, session, asked, exchange))
+        asked.cancel = call.cancel
+        await asyncio.wait([call.task])
+
+    def _exchange(self, session: Session, dialect: Dialect) -> Exchange:
+        return Exchange(
+            dialect,
+            self._capture.engine,
+            self._capture.settings,
+            rollout_id=session.rollout_id,
+            seq=session.next_seq(),
+            lineage=session.lineage,
+            responses=session.responses,
+            answers=self._capture.answers,
+            policy_version=self._capture.policy_version,
+        )
+
+    def _begun(self, call: _Call) -> _Call:
+        self._live.add(call)
+        call.task.add_done_callback(lambda _: self._live.discard(call))
+        return call
 
     def client_disconnected(self, client: connection.Client) -> None:
         for call in self._live:
@@ -121,6 +144,10 @@ class _Call:
         self._interruptible = False
         self._silence.cancel()
         await self._record(delivered=not self._cancelled)
+        await self._end(end)
+
+    async def _end(self, end: bytes | Reply) -> None:
+        """The call is recorded: let go of the last bytes."""
         if self._head.done():
             await send(self._flow, end if isinstance(end, bytes) else b"", end=True)
         elif isinstance(end, Reply):
@@ -245,9 +272,12 @@ class _Call:
         self._last_sent = asyncio.get_running_loop().time()
 
     async def _send(self, data: bytes) -> None:
-        if data and not await send(self._flow, data):
+        if data and not await self._put(data):
             self.cancel()  # takes effect at the next await
         self._last_sent = asyncio.get_running_loop().time()
+
+    async def _put(self, data: bytes) -> bool:
+        return await send(self._flow, data)
 
     def _keep_alive(self) -> None:
         """A timer: when the engine has been silent for long, the harness is told that we live."""
@@ -267,9 +297,37 @@ class _Call:
             self._head.set_exception(error or RuntimeError("the call was interrupted"))
 
     async def _record(self, *, delivered: bool) -> None:
-        call = self._exchange.record(delivered=delivered)
-        self.session.num_sampled_tokens += len(call.completion_token_ids)
-        await self._capture.record(self.session, call)
+        calls = self._exchange.records(delivered=delivered)
+        self.session.num_sampled_tokens += sum(len(call.completion_token_ids) for call in calls)
+        await asyncio.gather(*(self._capture.record(self.session, call) for call in calls))
+
+
+class _SocketCall(_Call):
+    """A call whose request is a message on a WebSocket, and whose answer are others."""
+
+    def __init__(self, capture: Capture, session: Session, asked: Message, exchange: Exchange) -> None:
+        self._asked = asked
+        super().__init__(capture, session, asked.flow, exchange)
+
+    def _start(self) -> Step:
+        wire = self._asked.wire
+        return self._exchange.start(wire, headers_of(wire))
+
+    async def _release(self, headers: dict[str, str], first: bytes) -> None:
+        self._head.set_result(http.Response.make(200, b"", headers))
+        self._begun.set_result(None)
+        await self._send(first)
+
+    async def _put(self, data: bytes) -> bool:
+        return await self._asked.send(data)
+
+    async def _ping(self) -> None:
+        await self._asked.ping()
+
+    async def _end(self, end: bytes | Reply) -> None:
+        await self._asked.send(end.body if isinstance(end, Reply) else end)
+        if not self._head.done():
+            self._head.set_result(http.Response.make(200))
 
 
 def model_call(capture: Capture, flow: http.HTTPFlow) -> tuple[Session, str] | None:
@@ -289,4 +347,5 @@ def wire_of(flow: http.HTTPFlow) -> Wire:
         host=request.pretty_host,
         path=request.path,
         request_headers=list(request.headers.items(multi=True)),
+        http_version=request.http_version,
     )

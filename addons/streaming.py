@@ -6,6 +6,9 @@ the missing case through the documented `next_layer` hook, with nothing patched:
 to a head and `flow.metadata[ANSWER]` to an `Answer`: first bytes that go out with the head, and a function
 that is called then and may `send` further ones, each of which goes to the client at once. So mitmproxy never
 opens an upstream connection, and `server_connect` can refuse every one.
+
+In the same way an addon may switch protocols: a response 101 with `flow.metadata[UPGRADED]` hands the rest of
+the connection to an `Upgraded`, which `send`s what it has to say.
 """
 
 from __future__ import annotations
@@ -14,10 +17,11 @@ import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from mitmproxy import ctx, flow, http
 from mitmproxy.net.http.http1 import expected_http_body_size
-from mitmproxy.proxy import events
+from mitmproxy.proxy import commands, events
 from mitmproxy.proxy.layer import CommandGenerator, NextLayer
 from mitmproxy.proxy.layers.http import (
     DropStream,
@@ -27,6 +31,7 @@ from mitmproxy.proxy.layers.http import (
     HttpRequestHook,
     HttpResponseHook,
     HttpStream,
+    RequestData,
     RequestEndOfMessage,
     RequestProtocolError,
     ResponseData,
@@ -41,6 +46,9 @@ ANSWER = "polar_answer"
 GONE = "polar_gone"
 """`flow.metadata` key: `Callable[[], None]`, called when the client leaves, also while a hook is awaited."""
 
+UPGRADED = "polar_upgraded"
+"""`flow.metadata` key: the `Upgraded` that has the connection after the head of `flow.response`, a 101."""
+
 TOO_LARGE = "polar_too_large"
 """`flow.metadata` key: set when the request body went over the limit; `request` then sees no body."""
 
@@ -51,6 +59,23 @@ class Answer:
 
     first: bytes
     begun: Callable[[], None]
+
+
+class Upgraded(Protocol):
+    """Another protocol on a connection that began as HTTP/1.1. Called by mitmproxy's layers: must not wait.
+
+    `closed`: there is nothing left to say, hang up.
+    """
+
+    closed: bool
+
+    def received(self, data: bytes) -> bytes:
+        """Bytes from the client; returns those to send at once, such as a pong."""
+        ...
+
+    def gone(self) -> None:
+        """The connection is over. Called once, or more often."""
+        ...
 
 
 @dataclass
@@ -119,6 +144,9 @@ class AnswerStream(HttpStream):
 
     def send_response(self, already_streamed: bool = False) -> CommandGenerator[None]:
         answer: Answer | None = self.flow.metadata.get(ANSWER)
+        if UPGRADED in self.flow.metadata:
+            yield from self.switch_protocols()
+            return
         if answer is None:
             yield from super().send_response(already_streamed)
             return
@@ -130,12 +158,39 @@ class AnswerStream(HttpStream):
         self.server_state = self.state_answer
         answer.begun()
 
+    def switch_protocols(self) -> CommandGenerator[None]:
+        if self.announce:
+            yield HttpResponseHook(self.flow)
+        self.client_state, self.server_state = self.state_upgraded, self.state_answer
+        yield SendHttp(
+            ResponseHeaders(self.stream_id, self.flow.response, end_stream=True), self.context.client
+        )
+        # From here on, HTTP/1's side passes bytes on as they are.
+        yield SendHttp(ResponseEndOfMessage(self.stream_id), self.context.client)
+
+    def state_upgraded(self, event: events.Event) -> CommandGenerator[None]:
+        upgraded: Upgraded = self.flow.metadata[UPGRADED]
+        if isinstance(event, RequestData) and (out := upgraded.received(event.data)):
+            yield SendHttp(ResponseData(self.stream_id, out), self.context.client)
+        if upgraded.closed or not isinstance(event, RequestData):
+            yield from self.hung_up()
+
+    def hung_up(self) -> CommandGenerator[None]:
+        """The end of an upgraded connection, whoever wanted it."""
+        self.flow.metadata[UPGRADED].gone()
+        self.client_state = self.server_state = self.state_errored
+        self.flow.live = False
+        yield commands.CloseConnection(self.context.client)
+        yield DropStream(self.stream_id)
+
     def state_answer(self, event: AnswerData) -> CommandGenerator[None]:
         if self.server_state != self.state_answer:
             return  # the client left in the meantime
         if event.message:
             yield SendHttp(ResponseData(self.stream_id, event.message), self.context.client)
-        if event.end:
+        if event.end and UPGRADED in self.flow.metadata:
+            yield from self.hung_up()
+        elif event.end:
             if self.announce:
                 yield HttpResponseHook(self.flow)
             self.server_state = self.state_done

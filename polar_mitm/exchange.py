@@ -26,12 +26,12 @@ from polar_mitm.config import Settings
 from polar_mitm.continuation import Continued, Steps, go_on, remembering
 from polar_mitm.dialects.base import Dialect, Reply, StreamEncoder
 from polar_mitm.dialects.ids import new_id, sibling
+from polar_mitm.dialects.responses_state import Responses
 from polar_mitm.dialects.roles import caller
 from polar_mitm.errors import PolarError
-from polar_mitm.gathered import Gathered, shares
+from polar_mitm.gathered import Gathered, further, shares
 from polar_mitm.lineage import Found, Lineage
 from polar_mitm.types import (
-    ANSWER_OF,
     CallStatus,
     ChatRequest,
     Completion,
@@ -85,12 +85,14 @@ class Exchange:
         clock: Callable[[], float] = time.time,
         call_id: str | None = None,
         lineage: Lineage | None = None,
+        responses: Responses | None = None,
         answers: Answers | None = None,
         policy_version: Callable[[], str] | None = None,
     ) -> None:
         self._dialect = dialect
         self._policy_version = policy_version or (lambda: engine.policy_version)
         self._lineage = lineage
+        self._responses = responses if dialect.name == "openai_responses" else None
         self._answers = answers or Answers()
         self._found = Found()
         self._steps: Steps | None = None
@@ -139,7 +141,10 @@ class Exchange:
         call.wire = wire
         call.route = f"{wire.method} {wire.path.partition('?')[0]}"
         try:
-            request = self._dialect.decode(wire.request_body, headers, wire.path)
+            body = wire.request_body
+            if self._responses is not None:
+                body = self._responses.whole(body)
+            request = self._dialect.decode(body, headers, wire.path)
             who = caller(self._dialect.name, headers, request)
             call.role, call.agent_id = who.role, who.agent_id
             call.sampling_requested = request.sampling
@@ -339,7 +344,7 @@ class Exchange:
         for answer, usage in zip(self._gathered, shares(self._usage, counts), strict=True):
             done = answer.completion
             if answer.call is not call:
-                answer.call = _further(call, answer.call)
+                answer.call = further(call, answer.call)
             answer.call.prompt_token_ids = done.prompt_token_ids
             answer.call.completion_token_ids = done.completion_token_ids
             answer.call.behaviour_logprobs = done.behaviour_logprobs
@@ -351,7 +356,9 @@ class Exchange:
         return [answer.call for answer in self._gathered]
 
     def _remember(self) -> None:
-        """Later calls may continue this one."""
+        """Later calls may continue this one, or refer to it."""
+        if self._responses is not None and self.call.status == "ok":
+            self._responses.keep(self.call.wire)
         if self._lineage is None or self._request is None:
             return
         rendered: bytes | None = None  # the prompt is the rendering
@@ -454,16 +461,3 @@ class Exchange:
             self.call.wire.chunk_sizes.append(len(data))
             self.call.wire.chunk_at_ms.append((self._clock() - self.call.started_at) * 1000)
         return data
-
-
-def _further(first: ModelCall, own: ModelCall) -> ModelCall:
-    """The record of a further answer to the request of `first`, with what is its `own`."""
-    return replace(
-        first,
-        call_id=own.call_id,
-        first_token_at=own.first_token_at,
-        policy_version=own.policy_version,
-        policy_version_last=own.policy_version_last,
-        notes=[*first.notes, f"{ANSWER_OF}{first.call_id}"],
-        wire=Wire(),
-    )

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from polar_mitm.dialects.ids import minted
+from polar_mitm.dialects.responses_state import PreviousResponseNotFound
 from polar_mitm.errors import ErrorKind, PolarError
 from polar_mitm.types import ChatRequest, Completion
 
@@ -43,6 +44,8 @@ def error_body(error: PolarError) -> bytes:
     """The body of an error answer."""
     _, kind, code = ERRORS[error.kind]
     param = "input" if error.kind == "context_overflow" else None
+    if isinstance(error, PreviousResponseNotFound):
+        param, code = "previous_response_id", "previous_response_not_found"
     return msgspec.json.encode(
         {"error": {"message": _message(error), "type": kind, "param": param, "code": code}}
     )

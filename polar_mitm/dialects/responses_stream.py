@@ -25,6 +25,7 @@ from polar_mitm.types import (
     ChatRequest,
     Completion,
     Delta,
+    Message,
     ToolCallDelta,
     engine_tool_name,
 )
@@ -172,6 +173,10 @@ class ResponsesStream:
         self.response |= {"status": "failed", "error": stream_error(error), "output": self._output()}
         return self._event("response.failed", {"response": self.response})
 
+    def end_empty(self) -> bytes:
+        """The end of a response that was to hold nothing."""
+        return self._end(Completion(Message("assistant")), [], cut=False)
+
     def _finish(self, completion: Completion) -> bytes:
         out = b""
         if not self._calls and (self._blank or not self._num_items):
@@ -291,14 +296,19 @@ class CompactionStream(ResponsesStream):
         super().__init__(request, call_id, created_at)
         self._summary: list[str] = []
         self._thoughts: list[str] = []
+        self._commands: list[str] = []
 
     def delta(self, delta: Delta) -> bytes:
         self._summary.append(delta.text)
         self._thoughts.append(delta.reasoning)
+        for call in delta.tool_calls:
+            self._commands.append(f"\n{call.name} " if call.name else "")
+            self._commands.append(call.arguments)
         return b""
 
     def _finish(self, completion: Completion) -> bytes:
-        summary = "".join(self._summary).strip() or "".join(self._thoughts).strip()
+        said = ("".join(each).strip() for each in (self._summary, self._thoughts, self._commands))
+        summary = next(filter(None, said), "")
         item = {
             "id": minted("cmp", self._call_id),
             "type": "compaction",
