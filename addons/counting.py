@@ -49,13 +49,14 @@ async def count(capture: Capture, flow: http.HTTPFlow, side: Side, dialect: Dial
             return len(rendered(answer))
         except ValueError as error:
             raise PolarError("overloaded", f"the engine's rendering: {error}") from error
-    # An engine renders nothing longer than its window, and an old one not at all; both tokenize.
-    status, words = await _ask(capture, _tokenize(chat))
-    if status == 200:
-        try:
-            return msgspec.json.decode(words, type=_Count).count
-        except msgspec.MsgspecError as error:
-            raise PolarError("overloaded", f"the engine's tokens: {error}") from error
+    if status < 500:
+        # An engine renders nothing longer than its window, and an old one not at all; both tokenize.
+        second, tokens = await _ask(capture, _tokenize(chat))
+        if second == 200:
+            try:
+                return msgspec.json.decode(tokens, type=_Count).count
+            except msgspec.MsgspecError as error:
+                raise PolarError("overloaded", f"the engine's tokens: {error}") from error
     raise vllm.rejection(status, answer, settings.retry_after_s)
 
 

@@ -175,13 +175,12 @@ async def test_a_client_that_spoke_may_be_silent(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("method", "url", "error_type"),
     [
-        ("GET", "https://api.anthropic.com/v1/models?limit=5", "not_found_error"),
+        ("GET", "https://api.anthropic.com/v1/organizations?limit=5", "not_found_error"),
         ("GET", MESSAGES, "not_found_error"),
-        ("POST", "https://api.anthropic.com/v1/messages/count_tokens", "not_found_error"),
         ("POST", "https://api.anthropic.com/v1/messages/", "not_found_error"),
         ("POST", "https://api.anthropic.com/v1/responses", "not_found_error"),
         ("POST", "https://api.openai.com/v1/messages", "invalid_request_error"),
-        ("POST", "https://api.openai.com/v1/embeddings", "invalid_request_error"),
+        ("POST", "https://api.openai.com/v1/dreams", "invalid_request_error"),
         ("DELETE", "https://api.openai.com/v1/responses/resp_1", "invalid_request_error"),
         ("POST", "https://chatgpt.com/backend-api/codex/responses/compact", "invalid_request_error"),
     ],
