@@ -59,7 +59,7 @@ class Intercept:
         """Answer a message that asks for a response, on the WebSocket that it came by."""
         if (prewarmed := prewarm(asked.wire)) is not None:
             prewarmed.rollout_id, prewarmed.seq = session.rollout_id, session.next_seq()
-            session.responses.keep(prewarmed.wire)
+            session.responses.keep(prewarmed.dialect, prewarmed.wire)
             await self._capture.record(session, prewarmed)
             await asked.send(prewarmed.wire.response_body)
             return

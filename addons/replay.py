@@ -11,15 +11,18 @@ import asyncio
 import contextlib
 import logging
 import time
+from typing import TypeVar
 
 import msgspec
 from mitmproxy import connection, http
 
 from polar_mitm.compression import decompress
-from polar_mitm.dialects.base import Reply
-from polar_mitm.dialects.ids import new_id
+from polar_mitm.dialects.base import Dialect, Reply
+from polar_mitm.dialects.ids import new_id, sibling
 from polar_mitm.dialects.registry import DIALECTS
+from polar_mitm.dialects.responses_socket import SOCKET
 from polar_mitm.errors import PolarError
+from polar_mitm.gathered import further
 from polar_mitm.replay import Replay, Step, plan
 from polar_mitm.store.redact import credentials, redact_body, redact_headers, redact_path
 from polar_mitm.types import ModelCall, Wire
@@ -27,6 +30,7 @@ from polar_mitm_addons.capture import RECORD_TIMEOUT_S, Capture, Session
 from polar_mitm_addons.intercept import Intercept, model_call, wire_of
 from polar_mitm_addons.replies import stream_head, to_response
 from polar_mitm_addons.streaming import ANSWER, GONE, Answer, hang_up, send
+from polar_mitm_addons.websocket import Message
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,7 @@ class ServeRecorded:
         self._replay = replay
         self._fast = fast
         self._live = Intercept(capture)
+        self.websocket = replay.websocket
         self._serving: set[_Served] = set()
         self._ids: dict[str, str] = {}
 
@@ -55,13 +60,28 @@ class ServeRecorded:
             if step.outcome == "live":
                 await self._live.request(flow)
             elif recorded is None:
-                flow.response = to_response(await self._refuse(session, dialect, wire, step))
+                flow.response = to_response(await self._refuse(session, DIALECTS[dialect], wire, step))
             else:
-                flow.response = await self._serve(session, flow, wire, step, recorded)
+                served = self._served(_Served, session, flow, wire, step, recorded)
+                flow.metadata[GONE] = served.gone.set
+                flow.response = await self._begun(served)
         except Exception:  # hooks fail open: whatever happened, the harness gets an answer
             logger.exception("replay failed")
             error = PolarError("internal", "the replay failed; see its log")
             flow.response = to_response(DIALECTS[dialect].encode_error(error))
+
+    async def message(self, session: Session, asked: Message) -> None:
+        """The same for a message on a WebSocket."""
+        step, recorded = self._replay.take(SOCKET.name, _as_stored(asked.wire))
+        if step.outcome == "live":
+            await self._live.message(session, asked)
+        elif recorded is None:
+            await asked.send((await self._refuse(session, SOCKET, asked.wire, step)).body)
+        else:
+            served = self._served(_ServedMessage, session, asked.flow, asked.wire, step, recorded)
+            served.asked, asked.cancel = asked, served.gone.set
+            await self._begun(served)
+            await asyncio.wait([served.task])
 
     def client_disconnected(self, client: connection.Client) -> None:
         self._live.client_disconnected(client)
@@ -77,9 +97,15 @@ class ServeRecorded:
             await asyncio.wait(tasks, timeout=2 * RECORD_TIMEOUT_S)
         await self._live.end(session)
 
-    async def _serve(
-        self, session: Session, flow: http.HTTPFlow, wire: Wire, step: Step, recorded: ModelCall
-    ) -> http.Response:
+    def _served(
+        self,
+        kind: type[_S],
+        session: Session,
+        flow: http.HTTPFlow,
+        wire: Wire,
+        step: Step,
+        recorded: ModelCall,
+    ) -> _S:
         call = msgspec.structs.replace(
             recorded,
             call_id=new_id(),
@@ -92,28 +118,39 @@ class ServeRecorded:
             wire=wire,
         )
         self._ids[recorded.call_id] = call.call_id
-        served = _Served(self._capture, session, flow, step, call, recorded, fast=self._fast)
-        flow.metadata[GONE] = served.gone.set
+        others = [
+            msgspec.structs.replace(
+                other,
+                call_id=sibling(call.call_id, number),
+                replayed_from=other.replayed_from or other.call_id,
+            )
+            for number, other in enumerate(self._replay.others(recorded.call_id), 1)
+        ]
+        self._ids |= {other.replayed_from or "": other.call_id for other in others}
+        return kind(self._capture, session, flow, step, call, others, recorded, fast=self._fast)
+
+    async def _begun(self, served: _Served) -> http.Response:
+        """Begin to serve; returns with the head of the answer."""
         self._serving.add(served)
         served.task = asyncio.create_task(served.run())
         served.task.add_done_callback(lambda _: self._serving.discard(served))
         return await served.head
 
-    async def _refuse(self, session: Session, dialect: str, wire: Wire, step: Step) -> Reply:
+    async def _refuse(self, session: Session, dialect: Dialect, wire: Wire, step: Step) -> Reply:
         """The kind of error that no harness tries again."""
         error = PolarError("bad_request", f"polar-mitm replay: {step.note or 'this call was not recorded'}")
         call = ModelCall(
             new_id(),
             session.rollout_id,
             session.next_seq(),
-            dialect,
+            dialect.name,
             f"{wire.method} {wire.path.partition('?')[0]}",
             "refused",
             error=f"{error.kind}: {error.message}",
             started_at=time.time(),
             wire=wire,
         )
-        reply = DIALECTS[dialect].encode_error(error, call.call_id)
+        reply = dialect.encode_error(error, call.call_id)
         wire.status, wire.response_headers = reply.status, list(reply.headers.items())
         wire.response_body, wire.chunk_sizes, wire.chunk_at_ms = reply.body, [len(reply.body)], [0.0]
         call.ended_at = call.started_at
@@ -131,6 +168,7 @@ class _Served:
         flow: http.HTTPFlow,
         step: Step,
         call: ModelCall,
+        others: list[ModelCall],
         recorded: ModelCall,
         *,
         fast: bool,
@@ -140,6 +178,7 @@ class _Served:
         self.flow = flow
         self._step = step
         self._call = call
+        self._others = others
         self._recorded = recorded
         self._fast = fast
         self._sent: list[bytes] = []
@@ -175,12 +214,18 @@ class _Served:
             if not self.head.done():
                 self.head.set_result(http.Response.make(499))  # for nobody
         elif self.head.done():
-            await send(self.flow, last, end=True)
+            await self._put(last, end=True)
         elif streamed:
             await self._release(last)
-            await send(self.flow, b"", end=True)
+            await self._put(b"", end=True)
         else:
-            self.head.set_result(_whole_response(wire))
+            await self._whole(wire)
+
+    async def _whole(self, wire: Wire) -> None:
+        self.head.set_result(_whole_response(wire))
+
+    async def _put(self, data: bytes, *, end: bool = False) -> bool:
+        return await send(self.flow, data, end=end)
 
     async def _send(self, due: float, data: bytes) -> None:
         """One piece at its time; the first one with the head."""
@@ -189,7 +234,7 @@ class _Served:
         self._keep(data)
         if not self.head.done():
             await self._release(data)
-        elif not await send(self.flow, data):
+        elif not await self._put(data):
             self.gone.set()
 
     async def _release(self, first: bytes) -> None:
@@ -233,20 +278,44 @@ class _Served:
             call.status, call.error = "cancelled", "the harness hung up"
             self._step.note = "the harness hung up, which it did not in the record"
         call.delivered = call.status == "ok"
-        self._remember()
-        await self._capture.record(self._session, call)
+        calls = [call, *(further(call, other) for other in self._others)]
+        self._remember(calls)
+        await asyncio.gather(*(self._capture.record(self._session, each) for each in calls))
 
-    def _remember(self) -> None:
-        """After a fork, live calls may continue this one."""
+    def _remember(self, calls: list[ModelCall]) -> None:
+        """After a fork, live calls may continue these."""
         call, wire = self._call, self._call.wire
         headers = {name.lower(): value for name, value in wire.request_headers}
         try:
-            request = DIALECTS[call.dialect].decode(wire.request_body, headers, wire.path)
-            self._session.lineage.add(call, request, rendered=b"")
+            if call.status == "ok":
+                self._session.responses.keep(call.dialect, wire)
+            body = self._session.responses.whole(call.dialect, wire.request_body)
+            request = DIALECTS[call.dialect].decode(body, headers, wire.path)
+            for each in calls:
+                self._session.lineage.add(each, request, rendered=b"")
         except PolarError:
             pass  # a refused request, which nothing continues
         except Exception:  # the harness gets its answer all the same
             logger.exception("lineage of call %s", call.call_id)
+
+
+class _ServedMessage(_Served):
+    """A recorded answer whose pieces are messages on a WebSocket."""
+
+    asked: Message
+
+    async def _release(self, first: bytes) -> None:
+        self.head.set_result(_whole_response(self._recorded.wire))
+        await self._put(first)
+
+    async def _put(self, data: bytes, *, end: bool = False) -> bool:
+        return await self.asked.send(data)
+
+    async def _whole(self, wire: Wire) -> None:
+        await self._release(wire.response_body)
+
+
+_S = TypeVar("_S", bound=_Served)
 
 
 def _whole(flow: http.HTTPFlow, limit: int) -> Wire:

@@ -26,4 +26,4 @@ def restore(session: Session, path: Path, tokenizer: str) -> None:
         logger.warning("rollout %s goes on, and its earlier calls do not: %s", session.rollout_id, error)
         return
     session.seq = max((call.seq + 1 for call in calls), default=0)
-    session.lineage.restore(asked(calls), tokenizer)
+    session.lineage.restore(asked(calls, session.responses), tokenizer)

@@ -92,7 +92,7 @@ class Exchange:
         self._dialect = dialect
         self._policy_version = policy_version or (lambda: engine.policy_version)
         self._lineage = lineage
-        self._responses = responses if dialect.name == "openai_responses" else None
+        self._responses = responses or Responses()
         self._answers = answers or Answers()
         self._found = Found()
         self._steps: Steps | None = None
@@ -141,9 +141,7 @@ class Exchange:
         call.wire = wire
         call.route = f"{wire.method} {wire.path.partition('?')[0]}"
         try:
-            body = wire.request_body
-            if self._responses is not None:
-                body = self._responses.whole(body)
+            body = self._responses.whole(self._dialect.name, wire.request_body)
             request = self._dialect.decode(body, headers, wire.path)
             who = caller(self._dialect.name, headers, request)
             call.role, call.agent_id = who.role, who.agent_id
@@ -357,8 +355,8 @@ class Exchange:
 
     def _remember(self) -> None:
         """Later calls may continue this one, or refer to it."""
-        if self._responses is not None and self.call.status == "ok":
-            self._responses.keep(self.call.wire)
+        if self.call.status == "ok":
+            self._responses.keep(self.call.dialect, self.call.wire)
         if self._lineage is None or self._request is None:
             return
         rendered: bytes | None = None  # the prompt is the rendering

@@ -21,6 +21,7 @@ from msgspec import Struct, field
 
 from polar_mitm.dialects.ids import call_id_of
 from polar_mitm.dialects.registry import DIALECTS
+from polar_mitm.dialects.responses_state import Responses
 from polar_mitm.equivalence import HARMLESS, Edit, edits_between, same
 from polar_mitm.errors import PolarError
 from polar_mitm.token_ids import TokenIds
@@ -237,14 +238,32 @@ class Lineage:
             _drop(self._texts, known.answer.text.strip(), known)
 
 
-def asked(calls: Iterable[ModelCall]) -> Iterator[tuple[ModelCall, ChatRequest]]:
-    """Calls as read from a store, with their wire, and what they asked; without those that asked nonsense."""
+def asked(
+    calls: Iterable[ModelCall], responses: Responses | None = None
+) -> Iterator[tuple[ModelCall, ChatRequest]]:
+    """Calls as read from a store, with their wire, and what they asked; without those that asked nonsense.
+
+    A further answer to a call's request asked what that call did, which has to come before it. So has what a
+    request refers to; `responses` are filled with what later ones may refer to.
+    """
+    several: dict[str, ChatRequest] = {}
+    responses = responses or Responses()
     for call in calls:
+        if call.answer_of is not None:
+            if call.answer_of in several:
+                yield call, several[call.answer_of]
+            continue
         headers = {name.lower(): value for name, value in call.wire.request_headers}
+        if call.status == "ok":
+            responses.keep(call.dialect, call.wire)
         try:
-            yield call, DIALECTS[call.dialect].decode(call.wire.request_body, headers, call.wire.path)
+            body = responses.whole(call.dialect, call.wire.request_body)
+            request = DIALECTS[call.dialect].decode(body, headers, call.wire.path)
         except (PolarError, KeyError):  # or it was no call of a model
             continue
+        if request.n > 1:
+            several[call.call_id] = request
+        yield call, request
 
 
 def lineage_of(calls: Iterable[tuple[ModelCall, ChatRequest]]) -> Iterator[tuple[ModelCall, Found]]:

@@ -20,6 +20,7 @@ from polar_mitm.dialects.ids import call_id_of, minted
 from polar_mitm.errors import PolarError
 from polar_mitm.types import Wire
 
+DIALECT = "openai_responses"
 SOCKET_METHOD = "WS"
 """`Wire.method` of a message on a WebSocket."""
 
@@ -94,14 +95,15 @@ class Responses:
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._outputs: dict[str, bytes] = {}
 
-    def whole(self, body: bytes) -> bytes:
-        """A request with the items that it refers to in the place of the reference; others as they are.
+    def whole(self, dialect: str, body: bytes) -> bytes:
+        """A request with the items that it refers to in the place of the reference; others as they are, and
+        so are all of other dialects.
 
         Raises:
             PreviousResponseNotFound: nothing is kept for its `previous_response_id`.
             PolarError: kind `too_large`, for a history over `max_bytes`.
         """
-        if b'"previous_response_id"' not in body and b'"item_reference"' not in body:
+        if dialect != DIALECT or (b'"previous_response_id"' not in body and b'"item_reference"' not in body):
             return body
         try:
             fields, asked = _fields(body), _asked(body)
@@ -115,8 +117,10 @@ class Responses:
         fields["input"] = Raw(b"[" + b",".join([*before, *map(self._resolved, own)]) + b"]")
         return msgspec.json.encode(fields)
 
-    def keep(self, wire: Wire) -> None:
+    def keep(self, dialect: str, wire: Wire) -> None:
         """Keep a call's answer, unless it failed, or its request wants it forgotten."""
+        if dialect != DIALECT:
+            return
         try:
             asked, last = _asked(wire.request_body), _last(_last_line(wire.response_body))
             said = last.response or last

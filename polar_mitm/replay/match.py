@@ -11,6 +11,7 @@ import msgspec
 
 from polar_mitm.dialects.ids import call_id_of
 from polar_mitm.dialects.registry import DIALECTS
+from polar_mitm.dialects.responses_state import Responses
 from polar_mitm.dialects.roles import caller
 from polar_mitm.errors import PolarError
 from polar_mitm.replay.compare import Divergence, differences
@@ -50,23 +51,29 @@ class Match(NamedTuple):
 
 
 class Recording:
-    """The recorded calls that still wait for their request. Each is taken once."""
+    """The recorded calls that still wait for their request. Each is taken once, with its further answers."""
 
     def __init__(self, calls: Iterable[ModelCall], rules: Sequence[Rule] = RULES) -> None:
         self.rules = rules
-        self.calls = sorted(calls, key=lambda call: call.seq)
+        self.calls: list[ModelCall] = []
+        self.others: dict[str, list[ModelCall]] = defaultdict(list)
+        for call in sorted(calls, key=lambda call: (call.seq, call.call_id)):
+            (self.others[call.answer_of] if call.answer_of else self.calls).append(call)
         self.waiting = {call.call_id: call for call in self.calls}
         self._digests: dict[str, bytes] = {}
         self._served: dict[bytes, str] = {}
         self._groups: dict[Asked, list[ModelCall]] = defaultdict(list)
+        self._responses = Responses()
         for call in self.calls:
-            self._groups[asked(call.dialect, call.wire)].append(call)
+            if call.status == "ok":
+                self._responses.keep(call.dialect, call.wire)
+            self._groups[asked(call.dialect, call.wire, self._responses)].append(call)
 
     def match(self, dialect: str, wire: Wire) -> Match:
         """The recorded call that a request is: the one that asked exactly this, else the one that differs in
         the fewest fields; the earliest of several."""
         normal = normalise(wire, self.rules)
-        digest, what = _digest(normal), asked(dialect, wire)
+        digest, what = _digest(normal), asked(dialect, wire, self._responses)
         found = [call for call in self._groups.get(what, []) if call.call_id in self.waiting]
         for call in found:
             if self._digest_of(call) == digest:
@@ -94,12 +101,15 @@ class Recording:
         return list(differences(normalise(call.wire, self.rules).tree, normal.tree))
 
 
-def asked(dialect: str, wire: Wire) -> Asked:
-    """See `Asked`. A request that its dialect cannot read has no model and no history."""
+def asked(dialect: str, wire: Wire, responses: Responses) -> Asked:
+    """See `Asked`. A request that its dialect cannot read has no model and no history.
+
+    `responses` are what it may refer to.
+    """
     headers = {name.lower(): value for name, value in wire.request_headers}
     known = DIALECTS[dialect]
     try:
-        request = known.decode(wire.request_body, headers, wire.path)
+        request = known.decode(responses.whole(dialect, wire.request_body), headers, wire.path)
     except PolarError:
         return Asked(dialect, wire.method, _path(wire), "main", "", False, frozenset())
     echoed = {call_id_of(each) for message in request.messages for each in message.minted_ids} - {None}

@@ -10,6 +10,7 @@ from typing import Literal
 
 from msgspec import Struct, field
 
+from polar_mitm.dialects.responses_state import SOCKET_METHOD
 from polar_mitm.replay.compare import Divergence
 from polar_mitm.replay.match import Match, Recording
 from polar_mitm.replay.rules import RULES, VERSION, Rule
@@ -88,12 +89,20 @@ class Replay:
         self._recording = Recording(calls, rules)
         self._cut_off = cut_off
         self._fork_at = fork_at
-        seqs = [call.seq for call in calls if call.call_id == fork_at]
+        forked = next((call for call in calls if call.call_id == fork_at), None)
+        if forked is not None:
+            self._fork_at = forked.answer_of or fork_at
+        seqs = [] if forked is None else [forked.seq]
         if fork_at is not None and not seqs:
             raise ValueError(f"{fork_at} is no call of rollout {rollout_id}")
         self._fork_seq = seqs[0] if seqs else None
         self._forked = False
         self._steps: list[Step] = []
+
+    @property
+    def websocket(self) -> bool:
+        """Whether the recorded run spoke over a WebSocket; a fresh one then has to, and else must not."""
+        return any(call.wire.method == SOCKET_METHOD for call in self._recording.calls)
 
     def take(self, dialect: str, wire: Wire) -> tuple[Step, ModelCall | None]:
         """Decide on a request: with the recorded call whose answer it gets, if any."""
@@ -123,6 +132,10 @@ class Replay:
         elif match.nearest is None:
             step.note = "no recorded call is left"
         return step, None
+
+    def others(self, call_id: str) -> list[ModelCall]:
+        """The further answers to the request of a recorded call."""
+        return self._recording.others.get(call_id, [])
 
     def _is_live(self, match: Match) -> bool:
         if self._fork_seq is None:

@@ -235,7 +235,7 @@ async def test_a_refused_path_keeps_no_credential_of_its_request() -> None:
 
 
 async def test_a_websocket_is_told_to_use_http() -> None:
-    async with rig(ENGINE) as r:
+    async with rig(ENGINE, websocket=False) as r:
         box = await r.box()
         async with box.http() as http:
             with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
