@@ -153,7 +153,7 @@ async def test_a_compressed_count() -> None:
 
 @pytest.mark.parametrize("status", [400, 404])
 async def test_what_the_engine_does_not_render_is_counted_too(status: int) -> None:
-    """What is longer than its window, and all, where it is an old one. A harness counts to see how long it is."""
+    """What is longer than its window, and everything where it is an old one."""
     refused = {"error": {"message": "maximum context length is 64 tokens", "code": status}}
 
     async def fault() -> web.Response:

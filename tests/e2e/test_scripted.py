@@ -19,7 +19,7 @@ from tests.e2e.engines import LAST_WORDS, HarnessEngine, text_of
 from tests.support.record_fixtures import HARNESSES
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
-REFUSED = {"opencode": {"models.opencode.ai", "registry.npmjs.org"}}  # it looks for models, and for a plugin
+REFUSED = {"opencode": {"registry.npmjs.org"}}  # it looks for a plugin
 
 
 @pytest.mark.parametrize("name", HARNESSES)
