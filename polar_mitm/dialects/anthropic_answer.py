@@ -16,6 +16,7 @@ import msgspec
 
 from polar_mitm import sse
 from polar_mitm.dialects.ids import minted, seal
+from polar_mitm.dialects.tool_input import as_object
 from polar_mitm.errors import ErrorKind, PolarError
 from polar_mitm.types import ChatRequest, Completion, Delta, Message, ToolCallDelta
 
@@ -39,7 +40,6 @@ _WORDS: dict[ErrorKind, str] = {
 _EMPTY_TEXT = {"type": "text", "text": ""}
 
 _encode = msgspec.json.Encoder().encode
-_is_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 def error_body(error: PolarError, call_id: str) -> bytes:
@@ -72,7 +72,7 @@ def message(request: ChatRequest, completion: Completion, call_id: str) -> bytes
     if answer.text:
         content.append({"type": "text", "text": answer.text})
     content += (
-        {"type": "tool_use", "id": c.id, "name": c.name, "input": _input(c.arguments)}
+        {"type": "tool_use", "id": c.id, "name": c.name, "input": as_object(c.arguments)}
         for c in answer.tool_calls
     )
     reason, sequence = _stop(request, completion)
@@ -93,23 +93,6 @@ def _head(
         "stop_sequence": None,
         "usage": usage,
     }
-
-
-def _input(arguments: str) -> msgspec.Raw | dict[str, Any]:
-    """A tool call's arguments as the object that `input` must be.
-
-    A stream passes on what was sampled and lets the harness parse it; here we must. What is no JSON object
-    takes the shape that Claude Code itself gives to arguments it cannot parse, which decoding undoes.
-    """
-    try:
-        _is_object(arguments)
-    except (msgspec.MsgspecError, RecursionError):
-        return (
-            {"__unparsedToolInput": {"raw": arguments, "len": len(arguments.encode())}}
-            if arguments.strip()
-            else {}
-        )
-    return msgspec.Raw(arguments.encode())
 
 
 def _stop(request: ChatRequest, completion: Completion) -> tuple[str, str | None]:

@@ -7,15 +7,13 @@ model cannot read), `withheld:NAME` (a tool not shown to the model).
 
 from __future__ import annotations
 
-import contextlib
-import re
 from collections.abc import Iterable
 
 import msgspec
-from msgspec import Raw
 
 from polar_mitm.dialects import anthropic_wire as wire
 from polar_mitm.dialects import ids
+from polar_mitm.dialects.tool_input import as_text
 from polar_mitm.errors import PolarError
 from polar_mitm.types import (
     ChatRequest,
@@ -30,7 +28,6 @@ from polar_mitm.types import (
 )
 
 _decode = msgspec.json.Decoder(wire.Request).decode
-_decode_unparsed = msgspec.json.Decoder(wire.UnparsedInput).decode
 
 # Claude Code puts this line first, and changes it with each request: no prefix would ever be shared.
 _BILLING = "x-anthropic-billing-header:"
@@ -149,7 +146,7 @@ class _Translation:
             if isinstance(block, wire.Text):
                 texts.append(block.text)
             elif isinstance(block, wire.ToolUse):
-                arguments = _arguments(block.input, f"{where}.content[{index}].input")
+                arguments = as_text(block.input, f"{where}.content[{index}].input")
                 out.tool_calls.append(ToolCall(block.id, block.name, arguments))
                 if ids.call_id_of(block.id):
                     minted[block.id] = None
@@ -245,21 +242,3 @@ def _unseal(blob: str, minted: dict[str, None]) -> str:
     if ids.call_id_of(call := ids.minted("rs", seal.call_id)):
         minted[call] = None
     return seal.text or ""
-
-
-_JSON_TOKEN = re.compile(r'("(?:[^"\\]++|\\.)*+")|([:,])|\s+')
-
-
-def _arguments(raw: Raw, where: str) -> str:
-    """A tool call's `input` as argument text.
-
-    The model sampled text, the harness parsed it and wrote it compactly. Spaces after `,` and `:` are what
-    chat templates write (`tojson`) and models therefore sample; keys, numbers and strings stay untouched.
-    """
-    text = bytes(raw).decode()
-    if not text.startswith("{"):
-        raise PolarError("bad_request", f"{where}: expected an object")
-    if text.startswith('{"__unparsedToolInput"'):
-        with contextlib.suppress(msgspec.MsgspecError):
-            return _decode_unparsed(raw).unparsed.raw
-    return _JSON_TOKEN.sub(lambda m: m[1] or (m[2] and m[2] + " ") or "", text)

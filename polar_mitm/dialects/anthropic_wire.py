@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, TypeAlias
 
-from msgspec import Meta, Raw, Struct, field
+from msgspec import Meta, Raw, Struct
 
 
 def _tag(name: str) -> str:
@@ -230,13 +230,3 @@ class Request(Struct):
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
     output_format: JsonSchema | None = None
-
-
-class Unparsed(Struct):
-    raw: str
-
-
-class UnparsedInput(Struct):
-    """What stands in `input` where the model's arguments were no JSON object."""
-
-    unparsed: Unparsed = field(name="__unparsedToolInput")
