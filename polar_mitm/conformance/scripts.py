@@ -62,7 +62,7 @@ def sequence(*answers: Answer) -> Script:
 _SHELL_NAMES = ("Bash", "bash", "exec_command", "shell_command", "shell", "run_shell_command", "exec")
 
 
-def _functions(request: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def functions(request: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Name to parameter schema of each offered tool."""
     return {
         tool["function"]["name"]: (tool["function"].get("parameters") or {})
@@ -71,15 +71,25 @@ def _functions(request: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _filler(schema: dict[str, Any]) -> Any:
-    """A harmless value that fits a required parameter; null where null will do."""
+def fitting(schema: dict[str, Any]) -> Any:
+    """A harmless value that fits a required parameter, or an answer's schema; null where null will do."""
     union = schema.get("anyOf") or schema.get("oneOf") or []
     kinds = schema.get("type", [option.get("type") for option in union] or "string")
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if "null" in kinds:
         return None
-    values = {"boolean": False, "integer": 1, "number": 1, "array": [], "object": {}}
+    properties = schema.get("properties") or {}
+    value = {name: fitting(properties.get(name) or {}) for name in schema.get("required") or []}
+    values = {"boolean": False, "integer": 1, "number": 1, "array": [], "object": value}
     return values.get(kinds[0], (schema.get("enum") or ["Write the file"])[0])
+
+
+def filled(parameters: dict[str, Any], arguments: dict[str, Any]) -> str:
+    """Arguments of a call as JSON text; required parameters that are not given get a value that fits."""
+    properties = parameters.get("properties") or {}
+    missing = [name for name in parameters.get("required") or [] if name not in arguments]
+    given = arguments | {name: fitting(properties.get(name) or {}) for name in missing}
+    return json.dumps(given, ensure_ascii=False)
 
 
 def shell_call(request: dict[str, Any], command: str) -> tuple[str, str] | None:
@@ -89,11 +99,11 @@ def shell_call(request: dict[str, Any], command: str) -> tuple[str, str] | None:
     string `input`), `exec_command` and `shell`, Qwen's and Gemini's `run_shell_command`, and any other tool
     that has a `command` or `cmd` parameter. Further required parameters are filled with harmless values.
     """
-    functions = _functions(request)
-    known = [name for name in _SHELL_NAMES if name in functions]
-    others = [n for n, p in functions.items() if {"command", "cmd"} & set(p.get("properties") or {})]
+    offered = functions(request)
+    known = [name for name in _SHELL_NAMES if name in offered]
+    others = [n for n, p in offered.items() if {"command", "cmd"} & set(p.get("properties") or {})]
     for name in [*known, *others]:
-        properties = functions[name].get("properties") or {}
+        properties = offered[name].get("properties") or {}
         if "command" in properties:
             as_list = properties["command"].get("type") == "array"
             arguments: dict[str, Any] = {"command": ["bash", "-lc", command] if as_list else command}
@@ -104,9 +114,7 @@ def shell_call(request: dict[str, Any], command: str) -> tuple[str, str] | None:
             arguments = {"input": source}
         else:
             continue
-        for required in functions[name].get("required") or []:
-            arguments.setdefault(required, _filler(properties.get(required) or {}))
-        return name, json.dumps(arguments, ensure_ascii=False)
+        return name, filled(offered[name], arguments)
     return None
 
 
