@@ -44,7 +44,7 @@ class RolloutColumns:
     `base` [N] int64 is the row that the prompt is stored on top of, or NO_BASE, or LOST_BASE; `shared` [N]
     int64 is 0 without a base. `suffix` and `completion` hold int32 ids, `logprobs` float32 nats.
     `num_reported` [N] int64 is the engine's own count of sampled tokens (`usage.completion_tokens`), 0 where
-    it gave none. Every other column is the field of `ModelCall` of that name.
+    it gave none. Every other column is the field or property of `ModelCall` of that name.
     """
 
     rollout_id: str
@@ -68,6 +68,7 @@ class RolloutColumns:
     replayed_from: Sequence[str | None]
     tokenizer: Sequence[str]
     model_served: Sequence[str]
+    guided: Sequence[bool]
 
     def __len__(self) -> int:
         return len(self.call_ids)

@@ -7,7 +7,18 @@ from collections.abc import Callable, Sequence
 from msgspec.structs import replace
 
 from polar_mitm.dialects.ids import minted
-from polar_mitm.types import ChatRequest, Completion, Delta, Message, ModelCall, TextPart, ToolCall, Usage
+from polar_mitm.types import (
+    ANSWER_OF,
+    ChatRequest,
+    Completion,
+    Delta,
+    Message,
+    ModelCall,
+    TextPart,
+    ToolCall,
+    Usage,
+    Wire,
+)
 
 
 class Gathered:
@@ -77,3 +88,18 @@ def shares(total: Usage, counts: Sequence[int]) -> list[Usage]:
         return [total for _ in counts]
     amiss = abs(total.completion_tokens - sum(counts))
     return [replace(total, completion_tokens=num + amiss, reasoning_tokens=0) for num in counts]
+
+
+_OWN = (
+    "call_id", "first_token_at", "policy_version", "policy_version_last", "prompt_token_ids", "usage",
+    "completion_token_ids", "behaviour_logprobs", "finish_reason", "answer", "replayed_from",
+)  # fmt: skip
+
+
+def further(first: ModelCall, own: ModelCall) -> ModelCall:
+    """The record of a further answer to the request of `first`: what is not its `own` is that call's.
+
+    The wire is with `first` only, which a note names.
+    """
+    notes = [*first.notes, f"{ANSWER_OF}{first.call_id}"]
+    return replace(first, **{name: getattr(own, name) for name in _OWN}, notes=notes, wire=Wire())

@@ -30,6 +30,7 @@ def build(
     include_orphans: bool = False,
     include_auxiliary: bool = False,
     include_compaction: bool = False,
+    include_guided: bool = False,
 ) -> tuple[Sequence[Trajectory], BuildReport]:
     """Rebuild one rollout. Pure, and independent of the order of `calls`.
 
@@ -48,6 +49,8 @@ def build(
         include_orphans: train answers that were superseded by another answer to the same prompt.
         include_auxiliary: train titles, routers and the like; they carry the task's reward undeservedly.
         include_compaction: train summaries of the history.
+        include_guided: train what was sampled under a grammar (a schema, a forced tool). The engine's
+            logprobs are those of the masked distribution, and a trainer's are not.
 
     Raises:
         ValueError: the calls, or the calls and `rollout`, belong to different rollouts; no such builder;
@@ -65,6 +68,7 @@ def build(
         "orphan": include_orphans or builder == "polar-splice",  # a rule that knows no orphans
         "auxiliary": include_auxiliary,
         "compaction": include_compaction,
+        "guided": include_guided,
     }
     masked = _masked(columns, forest, {reason for reason, included in switches.items() if not included})
     group_id = rollout.group_id if rollout else None
@@ -125,6 +129,8 @@ def _masked(columns: RolloutColumns, forest: Forest, switched_off: set[MaskReaso
             masked[row] = "orphan"
         elif (role := columns.role[row]) in switched_off:
             masked[row] = role
+        elif columns.guided[row] and "guided" in switched_off:
+            masked[row] = "guided"
     return masked
 
 

@@ -61,6 +61,7 @@ def columns_of(rollout_id: str, calls: Sequence[ModelCall]) -> RolloutColumns:
         replayed_from=field("replayed_from"),
         tokenizer=field("tokenizer"),
         model_served=field("model_served"),
+        guided=field("guided"),
     )
 
 

@@ -21,6 +21,7 @@ MaskReason = Literal[
     "orphan",  # an identical prompt was answered again, and that answer is the one that lived on
     "auxiliary",  # a title, a router, a search: not the task's own work
     "compaction",  # a summary of the history
+    "guided",  # sampled under a grammar: its logprobs are not of the policy's own distribution
     "replayed",  # sampled, and trained, in the rollout that it was recorded in
     "overlong",  # adds more tokens to its context than a sample may hold
     "dropped",  # polar-splice only: lost where a chain broke

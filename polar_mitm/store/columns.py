@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from polar_mitm.columns import LOST_BASE, NO_BASE, Lists, RolloutColumns, base_rows
 from polar_mitm.store.offline import Selects
 from polar_mitm.store.rows import _LINEAGE_FIELDS, quote
-from polar_mitm.types import CallRole, CallStatus, Continuation
+from polar_mitm.types import GUIDED, CallRole, CallStatus, Continuation
 
 _MAX_TOKENS = 8 << 20  # stored tokens of the rollouts that are read at once, 64 MiB; one may have more
 _MAX_ROLLOUTS = 256
@@ -39,7 +39,8 @@ _COLUMNS = """
         try(lineage ->> 'fallback') AS fallback, policy_version,
         try(lineage ->> 'policy_version_last') AS policy_version_last,
         try(lineage ->> 'replayed_from') AS replayed_from,
-        coalesce(try(lineage ->> 'tokenizer'), '') AS tokenizer, coalesce(model_served, '') AS model_served
+        coalesce(try(lineage ->> 'tokenizer'), '') AS tokenizer, coalesce(model_served, '') AS model_served,
+        coalesce(notes, '') LIKE '%"{guided}%' AS guided
     FROM stored_calls WHERE rollout_id IN ({ids}) AND rollout_id BETWEEN {first} AND {last}
 """
 _KNOWN = {
@@ -47,10 +48,12 @@ _KNOWN = {
     "roles": get_args(CallRole),
     "continuations": get_args(Continuation),
     "lineage": list(_LINEAGE_FIELDS),
+    "guided": GUIDED,
 }
 _PLAIN = (
     "started_at", "delivered", "status", "role", "finish_reason", "parent_call_id", "continuation",
     "fallback", "policy_version", "policy_version_last", "replayed_from", "tokenizer", "model_served",
+    "guided",
 )  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def sampled(call: ModelCall) -> Sampled:
         weights=None if mixed else weights_name(call.model_served, call.policy_version),
         tokenizer=call.tokenizer,
         tempered=asked.temperature not in (None, 1.0) or asked.top_p not in (None, 1.0) or bool(asked.top_k),
-        constrained=_constrained(call.upstream_body),
+        constrained=call.guided or _constrained(call.upstream_body),
         num_sampled=max(len(call.completion_token_ids), call.usage.completion_tokens),
     )
 

@@ -95,6 +95,7 @@ def rollout(number: int, num_calls: int, num_new: int, *, mixed: bool) -> Rollou
         replayed_from=same(None),
         tokenizer=same("qwen"),
         model_served=same("qwen"),
+        guided=same(False),
     )
 
 

@@ -48,7 +48,10 @@ MADE = [
     call(
         "a", [1, 2, 3], [4, 5], seq=0, usage=Usage(3, 2), policy_version="7", role="subagent", started_at=2.0
     ),
-    call("b", [1, 2, 3, 4, 5, 6], [7], seq=1, continuation="exact", parent_call_id="a", tokenizer="q"),
+    call(
+        "b", [1, 2, 3, 4, 5, 6], [7], seq=1, continuation="exact", parent_call_id="a", tokenizer="q",
+        notes=["withheld:web_search", "guided:tool_choice"],
+    ),  # fmt: skip
     call("c", [1, 2, 3, 4, 9], [], seq=2, fallback="history_edited", status="cancelled", delivered=True),
     call("e", [], [], seq=3, status="failed", policy_version_last="8", replayed_from="z", model_served="m"),
     call("d", [1], [2, 3], seq=0, rollout_id="it's"),
@@ -72,6 +75,7 @@ def test_the_same_calls(tmp_path: Path) -> None:
         assert first.num_reported[row] == one.usage.completion_tokens
         for name in columns_module._PLAIN:
             assert getattr(first, name)[row] == getattr(one, name), name
+        assert first.guided[row] == (call_id == "b")
     assert first.suffix.values.dtype == np.int32 and first.logprobs.values.dtype == np.float32
 
 
