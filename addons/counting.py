@@ -7,15 +7,14 @@ import msgspec
 from mitmproxy import http
 from msgspec import Struct
 
-from polar_mitm.compression import decompress, too_large
+from polar_mitm.compression import decompress
 from polar_mitm.dialects.base import Dialect
 from polar_mitm.dialects.side_table import Side
 from polar_mitm.errors import PolarError
 from polar_mitm.types import Sampling
 from polar_mitm.upstream import vllm
 from polar_mitm.upstream.render import Lookup, render, rendered
-from polar_mitm_addons.capture import Capture
-from polar_mitm_addons.streaming import TOO_LARGE
+from polar_mitm_addons.capture import Capture, Session
 
 _TOKENIZED = ("model", "messages", "tools")
 
@@ -24,23 +23,24 @@ class _Count(Struct):
     count: int
 
 
-async def count(capture: Capture, flow: http.HTTPFlow, side: Side, dialect: Dialect, path: str) -> int:
+async def count(
+    capture: Capture, session: Session, request: http.Request, side: Side, dialect: Dialect, path: str
+) -> int:
     """The tokens of the model call that the request is about: translated and rendered as that would be.
 
-    `path` is that of the model call.
+    `path` is that of the model call. The request's body is whole.
 
     Raises:
         PolarError: the request is wrong as a model call's would be (`bad_request`, `too_large`), or the
             engine does not answer (`overloaded`).
     """
-    settings, request = capture.settings, flow.request
-    if TOO_LARGE in flow.metadata:
-        raise too_large(settings.max_body_bytes)
+    settings = capture.settings
     headers = {name.lower(): value for name, value in request.headers.items()}
     body = decompress(
         request.raw_content or b"", headers.get("content-encoding", ""), settings.max_body_bytes
     )
-    asked = dialect.decode(side.counted(body), headers, path)
+    whole = session.responses.whole(dialect.name, side.counted(body))
+    asked = dialect.decode(whole, headers, path)
     sampling = Sampling(settings.temperature, settings.top_p, settings.top_k)
     chat = vllm.build_body(asked, sampling, capture.engine)
     status, answer = await _ask(capture, render(chat))

@@ -8,18 +8,20 @@ from urllib.parse import unquote
 
 from mitmproxy import http
 
+from polar_mitm.compression import too_large
 from polar_mitm.dialects.base import Dialect, Reply
 from polar_mitm.dialects.ids import new_id
 from polar_mitm.dialects.registry import DIALECTS
-from polar_mitm.dialects.routes import ERROR_DIALECT, Route, route
+from polar_mitm.dialects.routes import ERROR_DIALECT, route
 from polar_mitm.dialects.side_table import Side
 from polar_mitm.errors import PolarError
 from polar_mitm.store.redact import credentials, redact_path
-from polar_mitm_addons.capture import Capture
+from polar_mitm_addons.capture import Capture, Session
 from polar_mitm_addons.counting import count
 from polar_mitm_addons.identify import PROVIDER, wants_websocket
 from polar_mitm_addons.intercept import wire_of
 from polar_mitm_addons.replies import to_response
+from polar_mitm_addons.streaming import TOO_LARGE
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class Stubs:
             self._capture.egress(session, "stubbed", "websocket", name, "426: use HTTP")
         elif found.side is not None:
             side = found.side
-            reply = await self._answer(flow, side, found, dialect)
+            reply = await self._answer(session, flow, side, found.groups, dialect)
             reply.body = b"" if request.method == "HEAD" else reply.body
             flow.response = to_response(reply)
             verdict = "refused" if side.refuse else "stubbed"
@@ -57,17 +59,21 @@ class Stubs:
             flow.response = to_response(dialect.encode_error(error, new_id()))
             self._capture.egress(session, "refused", "path", name, "404")
 
-    async def _answer(self, flow: http.HTTPFlow, side: Side, found: Route, dialect: Dialect) -> Reply:
+    async def _answer(
+        self, session: Session, flow: http.HTTPFlow, side: Side, groups: dict[str, str], dialect: Dialect
+    ) -> Reply:
         """What an entry of the table answers; an error is in the provider's shape."""
         try:
             if side.refuse:
                 raise PolarError("not_found", side.refuse)
             if not side.answer and side.status >= 400:
                 raise PolarError("not_found", f"there is no {side.name} here", status=side.status)
-            values = self._values(flow, side, found)
+            values = self._values(flow.request, side, groups)
             if side.count:
-                path = side.call_path(flow.request.path, found.groups)
-                values["tokens"] = await count(self._capture, flow, side, DIALECTS[side.count], path)
+                if TOO_LARGE in flow.metadata:
+                    raise too_large(self._capture.settings.max_body_bytes)
+                path, counted = side.call_path(flow.request.path, groups), DIALECTS[side.count]
+                values["tokens"] = await count(self._capture, session, flow.request, side, counted, path)
             return Reply(side.status, side.body(values))
         except PolarError as error:
             return dialect.encode_error(error, new_id())
@@ -76,9 +82,9 @@ class Stubs:
             failed = PolarError("internal", f"a side endpoint failed: {error!r}")
             return dialect.encode_error(failed, new_id())
 
-    def _values(self, flow: http.HTTPFlow, side: Side, found: Route) -> dict[str, Any]:
+    def _values(self, request: http.Request, side: Side, groups: dict[str, str]) -> dict[str, Any]:
         """What the placeholders of an answer stand for."""
         engine = self._capture.engine
-        named = {name: flow.request.headers.get(header, name) for name, header in side.from_header.items()}
-        inside = {name: unquote(value) for name, value in found.groups.items()}
+        named = {name: request.headers.get(header, name) for name, header in side.from_header.items()}
+        inside = {name: unquote(value) for name, value in groups.items()}
         return {"model": engine.model, "window": engine.max_model_len or None, **named, **inside}

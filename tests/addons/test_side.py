@@ -118,6 +118,16 @@ async def test_responses_count_as_the_call_would_be() -> None:
         assert counted.input_tokens == await tokens_of_the_call(box, r, RESPONSES, asked)
 
 
+async def test_a_response_that_is_referred_to_counts() -> None:
+    async with Running() as (box, r), gpt(box) as client:
+        first = await client.responses.create(model="gpt-x", input=PROMPT)
+        more: Any = {"model": "gpt-x", "input": "more", "previous_response_id": first.id}
+        counted = await client.responses.input_tokens.count(**more)
+        assert counted.input_tokens == await tokens_of_the_call(box, r, RESPONSES, more) > len(PROMPT)
+        with pytest.raises(openai.BadRequestError, match="resp_x"):
+            await client.responses.input_tokens.count(model="gpt-x", previous_response_id="resp_x")
+
+
 async def test_gemini_counts_as_the_call_would_be() -> None:
     async with Running() as (box, r):
         counted = await gemini(box).aio.models.count_tokens(model="gemini-x", contents=PROMPT)
