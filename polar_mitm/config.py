@@ -38,6 +38,17 @@ class Settings(BaseSettings):
     continuation: bool = True  # go on from the sampled ids instead of rendering them anew
     keep_reasoning: Literal["template", "always"] = "template"
 
+    usage: Literal["scaled", "engine"] = Field(
+        default="scaled",
+        description="tokens that a harness is told: as shares of the window it believes in, or as counted",
+    )
+    context_windows: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        default_factory=dict, description="windows that harnesses believe in: pattern of a model -> tokens"
+    )
+    window_reserve: float = Field(
+        default=0.1, ge=0, lt=1, description="share of a smaller window kept for compactions, if scaled"
+    )
+
     websocket: bool = Field(default=True, description="serve Responses over WebSocket; else 426: use HTTP")
     max_body_bytes: int = Field(default=32 << 20, ge=1)
     connect_timeout_s: float = 5.0

@@ -6,7 +6,7 @@ is known here.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 ErrorKind = Literal[
     "bad_request",  # malformed JSON, wrong types, bad compression: the harness's fault
@@ -19,6 +19,13 @@ ErrorKind = Literal[
 ]
 
 
+class Overflow(NamedTuple):
+    """A prompt of `tokens` met a `window` that holds fewer."""
+
+    tokens: int
+    window: int
+
+
 class PolarError(Exception):
     """An error with a meaning for the harness.
 
@@ -27,16 +34,24 @@ class PolarError(Exception):
         message: one sentence for the harness and its user; holds no secrets.
         retry_after_s: when set, how long the harness should wait before it tries again.
         status: the engine's own HTTP status where there was one, for the record.
+        overflow: the numbers of a `context_overflow`, where they are known.
     """
 
     def __init__(
-        self, kind: ErrorKind, message: str, *, retry_after_s: int | None = None, status: int | None = None
+        self,
+        kind: ErrorKind,
+        message: str,
+        *,
+        retry_after_s: int | None = None,
+        status: int | None = None,
+        overflow: Overflow | None = None,
     ) -> None:
         super().__init__(message)
         self.kind: ErrorKind = kind
         self.message = message
         self.retry_after_s = retry_after_s
         self.status = status
+        self.overflow = overflow
 
 
 class EngineUnfit(Exception):
