@@ -338,8 +338,7 @@ class Exchange:
         call = self.call
         call.delivered = delivered and call.status == "ok"
         call.wire.response_body = b"".join(self._sent)
-        counts = [len(answer.completion.completion_token_ids) for answer in self._gathered]
-        for answer, usage in zip(self._gathered, shares(self._usage, counts), strict=True):
+        for answer, usage in zip(self._gathered, self._shares(), strict=True):
             done = answer.completion
             if answer.call is not call:
                 answer.call = further(call, answer.call)
@@ -378,7 +377,7 @@ class Exchange:
             if self._continued.prompt_token_ids not in (None, delta.prompt_token_ids):
                 self._ignored()
         if delta.usage is not None:
-            self._usage = self.completion.usage = delta.usage
+            self._usage = delta.usage
         self._gathered[delta.choice].add(delta, self._clock, self._policy_version() or None)
 
     def _ignored(self) -> None:
@@ -393,11 +392,13 @@ class Exchange:
         """Put together what the answers say."""
         for answer in self._gathered:
             answer.settle(self._request, self._dialect.tool_id_prefix)
-        others = [answer.completion for answer in self._gathered[1:]]
-        counts = [len(done.completion_token_ids) for done in (self.completion, *others)]
-        for done, usage in zip(others, shares(self._usage, counts)[1:], strict=True):
+        every = [answer.completion for answer in self._gathered]
+        for done, usage in zip(every, self._shares(), strict=True):
             done.usage = usage
-        self.completion.others = others
+        self.completion.others = every[1:]
+
+    def _shares(self) -> list[Usage]:
+        return shares(self._usage, [len(a.completion.completion_token_ids) for a in self._gathered])
 
     @property
     def _released(self) -> bool:

@@ -194,8 +194,7 @@ class Completion(Struct):
     `prompt_token_ids` [P], `completion_token_ids` [C], `behaviour_logprobs` [C] (nats, aligned with the
     sampled ids). `message.tool_calls[i].id` are the ids we minted. `finish_reason` is None while the answer
     is partial (cancelled or broken off); then ids and logprobs hold what had arrived. `others` are the second
-    and further answers of a request with `n` > 1; `usage` then counts all answers together, and that of each
-    of the others its own tokens only.
+    and further answers of a request with `n` > 1, and each `usage` counts its own answer's tokens only.
     """
 
     message: Message
