@@ -1,4 +1,4 @@
-"""One call as a machine: what any split, fault, or hang-up makes of it, in both dialects."""
+"""One call as a machine: what any split, fault, or hang-up makes of it, in several dialects."""
 
 from __future__ import annotations
 
@@ -37,11 +37,16 @@ class Provider:
     error_event: bytes
     overloaded: int
     max_tokens: str
+    keepalive: bytes
 
     def body(self, *, stream: bool = True, **fields: Any) -> bytes:
         if self.name == "anthropic":
             tools: list[Any] = [{"name": "Bash", "description": "run", "input_schema": SCHEMA}]
             base: dict[str, Any] = {"messages": [{"role": "user", "content": "go"}], "max_tokens": 100}
+        elif self.name == "openai_chat":
+            function = {"name": "Bash", "description": "run", "parameters": SCHEMA}
+            tools = [{"type": "function", "function": function}]
+            base = {"messages": [{"role": "user", "content": "go"}]}
         else:
             tools = [{"type": "function", "name": "Bash", "description": "run", "parameters": SCHEMA}]
             base = {"input": "go"}
@@ -49,8 +54,9 @@ class Provider:
 
 
 ANTHROPIC = Provider(
-    "anthropic", "/v1/messages?beta=true", b"event: message_stop\n", b"event: error\n", 529, "max_tokens"
-)
+    "anthropic", "/v1/messages?beta=true", b"event: message_stop\n", b"event: error\n", 529, "max_tokens",
+    b'event: ping\ndata: {"type":"ping"}\n\n',
+)  # fmt: skip
 OPENAI = Provider(
     "openai_responses",
     "/v1/responses",
@@ -58,8 +64,13 @@ OPENAI = Provider(
     b"event: response.failed\n",
     503,
     "max_output_tokens",
+    b"",
 )
-both = pytest.mark.parametrize("provider", [ANTHROPIC, OPENAI], ids=lambda p: p.name)
+CHAT = Provider(
+    "openai_chat", "/v1/chat/completions", b"data: [DONE]\n", b'data: {"error":', 503,
+    "max_completion_tokens", b": keepalive\n\n",
+)  # fmt: skip
+each = pytest.mark.parametrize("provider", [ANTHROPIC, OPENAI, CHAT], ids=lambda p: p.name)
 
 
 def ticking() -> Iterator[float]:
@@ -125,7 +136,7 @@ answers = st.builds(
 cuts = st.lists(st.integers(0, 100_000), max_size=20)
 
 
-@both
+@each
 @pytest.mark.parametrize("stream", [True, False])
 @given(answer=answers, cuts=cuts)
 def test_any_split_gives_the_same_bytes_and_record(
@@ -135,7 +146,7 @@ def test_any_split_gives_the_same_bytes_and_record(
     assert whole(provider, split(data, cuts), stream=stream) == whole(provider, [data], stream=stream)
 
 
-@both
+@each
 @pytest.mark.parametrize("stream", [True, False])
 @given(answer=answers, at=st.integers(0, 100_000), fault=st.binary(max_size=20), cuts=cuts)
 def test_any_split_of_a_broken_stream_too(
@@ -147,7 +158,7 @@ def test_any_split_of_a_broken_stream_too(
         assert whole(provider, split(broken, cuts), stream=stream) == whole(provider, [broken], stream=stream)
 
 
-@both
+@each
 @pytest.mark.parametrize("stream", [True, False])
 @given(chunks=st.lists(st.binary(max_size=40)))
 def test_feed_and_finish_raise_for_no_bytes_at_all(
@@ -168,7 +179,7 @@ def test_feed_and_finish_raise_for_no_bytes_at_all(
 ANSWER = Answer(text="Hé", reasoning="hm", tool_calls=[("Bash", '{"command": "ls"}')], tokens_per_chunk=2)
 
 
-@both
+@each
 @pytest.mark.parametrize("stream", [True, False])
 def test_the_record_holds_what_was_sampled(provider: Provider, stream: bool) -> None:
     exchange = begun(provider, stream=stream, clock=ticking().__next__)
@@ -203,7 +214,7 @@ def test_the_record_holds_what_was_sampled(provider: Provider, stream: bool) -> 
         assert json.loads(end.body)["model"] == "claimed"
 
 
-@both
+@each
 def test_delivered_is_the_connections_word(provider: Provider) -> None:
     exchange = begun(provider)
     for event in events(ANSWER):
@@ -213,7 +224,7 @@ def test_delivered_is_the_connections_word(provider: Provider) -> None:
     assert (call.status, call.delivered) == ("ok", False)
 
 
-@both
+@each
 def test_an_outcome_is_final(provider: Provider) -> None:
     exchange = begun(provider)
     for event in events(ANSWER):
@@ -227,25 +238,25 @@ def test_an_outcome_is_final(provider: Provider) -> None:
     assert msgspec.json.encode(exchange.record(delivered=True), enc_hook=list) == before
 
 
-@both
+@each
 def test_a_slow_engines_stream_begins_without_it(provider: Provider) -> None:
     patient, quick = begun(provider), begun(provider)
     opening, ping = patient.opening(), patient.keepalive()
     assert opening and patient.opening() == b""
-    assert ping == (b'event: ping\ndata: {"type":"ping"}\n\n' if provider is ANTHROPIC else b"")
+    assert ping == provider.keepalive
     data = b"".join(events(ANSWER))
     assert opening + patient.feed(data) == quick.feed(data)
     assert patient.finish() == quick.finish()
     assert patient.record(delivered=True).wire.response_body.startswith(opening + ping)
 
 
-@both
+@each
 def test_a_ping_never_comes_before_the_beginning(provider: Provider) -> None:
     early, late = begun(provider), begun(provider)
     assert early.keepalive() == late.opening() + late.keepalive()
 
 
-@both
+@each
 def test_a_whole_answer_is_not_kept_alive(provider: Provider) -> None:
     exchange = begun(provider, stream=False)
     assert exchange.keepalive() == exchange.opening() == b""
@@ -310,7 +321,7 @@ def test_the_harness_says_what_a_call_is_for() -> None:
 # --- requests that are refused --------------------------------------------------------------------------
 
 
-@both
+@each
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"null", b'{"model": 5}', b"\xff\xfe", b'{"model": "m", "max_tokens": "x"}']
 )
@@ -327,7 +338,7 @@ def test_a_bad_request_is_answered_without_the_engine(provider: Provider, body: 
     assert call.ended_at is not None
 
 
-@both
+@each
 def test_a_request_refused_by_the_caller(provider: Provider) -> None:
     exchange = new(provider)
     reply = exchange.refuse(PolarError("too_large", "too much"), Wire("POST", "h", provider.path))
@@ -363,7 +374,7 @@ class Buggy:
         return encoder
 
 
-@both
+@each
 @pytest.mark.parametrize("method", ["decode", "encoder"])
 def test_our_own_bug_in_a_request_is_a_reply(provider: Provider, method: str) -> None:
     exchange = new(provider, dialect=Buggy(provider, method))
@@ -373,7 +384,7 @@ def test_our_own_bug_in_a_request_is_a_reply(provider: Provider, method: str) ->
     assert call.status == "refused" and "ZeroDivisionError" in cast(str, call.error)
 
 
-@both
+@each
 @pytest.mark.parametrize("method", ["start", "delta", "finish"])
 def test_our_own_bug_in_a_stream_is_an_error_event(provider: Provider, method: str) -> None:
     exchange = begun(provider, dialect=Buggy(provider, method))
@@ -385,7 +396,7 @@ def test_our_own_bug_in_a_stream_is_an_error_event(provider: Provider, method: s
     assert call.prompt_token_ids  # what came before is known all the same
 
 
-@both
+@each
 def test_an_encoder_that_cannot_even_say_so_is_cut_off(provider: Provider) -> None:
     exchange = begun(provider, dialect=Buggy(provider, "delta+error"))
     out = b"".join(map(exchange.feed, events(ANSWER))) + the_end(exchange)
@@ -393,7 +404,7 @@ def test_an_encoder_that_cannot_even_say_so_is_cut_off(provider: Provider) -> No
     assert exchange.record(delivered=True).status == "failed"
 
 
-@both
+@each
 def test_our_own_bug_in_a_whole_answer_is_a_reply(provider: Provider) -> None:
     exchange = begun(provider, stream=False, dialect=Buggy(provider, "encode"))
     for event in events(ANSWER):
@@ -408,7 +419,7 @@ def test_our_own_bug_in_a_whole_answer_is_a_reply(provider: Provider) -> None:
 BROKEN = b'data: {"error": {"message": "out of memory"}}\n\n'
 
 
-@both
+@each
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("after", [0, 1, 3])
 @pytest.mark.parametrize("how", ["event", "cut", "connection"])
@@ -428,7 +439,7 @@ def test_before_the_head_a_broken_engine_is_an_overloaded_one(
     assert (call.completion_token_ids != []) == (after > 1)
 
 
-@both
+@each
 @pytest.mark.parametrize("after", [0, 1, 3])
 @pytest.mark.parametrize("how", ["event", "cut", "connection"])
 def test_after_the_head_it_is_the_dialects_error_event(provider: Provider, after: int, how: str) -> None:
@@ -446,7 +457,7 @@ def test_after_the_head_it_is_the_dialects_error_event(provider: Provider, after
     assert len(call.behaviour_logprobs) == len(call.completion_token_ids)
 
 
-@both
+@each
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize(
     ("status", "body", "ours"),
@@ -461,7 +472,7 @@ def test_an_engines_refusal(
     assert exchange.record(delivered=True).status == "failed"
 
 
-@both
+@each
 def test_a_prompt_over_the_window_is_the_providers_overflow(provider: Provider) -> None:
     exchange = begun(provider, released=False)
     reply = exchange.reject(400, b'{"error": {"message": "maximum context length is 8"}}')
@@ -471,7 +482,7 @@ def test_a_prompt_over_the_window_is_the_providers_overflow(provider: Provider) 
     assert cast(str, exchange.record(delivered=True).error).startswith("context_overflow: ")
 
 
-@both
+@each
 def test_an_answer_that_the_engine_aborted_is_no_answer(provider: Provider) -> None:
     exchange = begun(provider)
     out = b"".join(map(exchange.feed, events(Answer(text="half", finish_reason="abort"))))
@@ -497,7 +508,7 @@ def test_weights_that_change_meanwhile_are_told_of_the_first_and_the_last_token(
     assert seen == [("step-1", None), ("step-3", None), ("step-3", None), ("step-3", "step-4")]
 
 
-@both
+@each
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("after", [0, 1, 4])
 def test_a_hang_up_keeps_what_was_sampled(provider: Provider, stream: bool, after: int) -> None:
