@@ -116,6 +116,7 @@ class ChatRequest(Struct):
     translation left out on purpose; it is stored with the call. `n` is how many answers it wants,
     `top_logprobs` how many of the likeliest tokens at each place it wants to see (0: the sampled one only).
     `stream_usage`: it wants token counts in its stream, where the provider gives them on demand only.
+    `agent`: which of a harness's further agents asks, where the body says so; empty otherwise.
     """
 
     model: str
@@ -131,6 +132,7 @@ class ChatRequest(Struct):
     top_logprobs: int | None = None
     stream_usage: bool = False
     notes: list[str] = field(default_factory=list)
+    agent: str = ""
 
     def find_tool(self, engine_name: str) -> Tool | None:
         """The offered tool that the engine knows as `engine_name`."""

@@ -198,3 +198,4 @@ class Request(Struct):
     thinking: Thinking | None = None
     reasoning: Reasoning | None = None
     chat_template_kwargs: TemplateKwargs | None = None
+    metadata: Any = None

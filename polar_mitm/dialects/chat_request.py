@@ -10,6 +10,7 @@ always passed on, as the other dialects do.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -70,7 +71,18 @@ def decode(body: bytes) -> ChatRequest:
         n=asked.n or 1,
         top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         notes=list(notes),
+        agent=_agent(asked.metadata),
     )
+
+
+_PROMPT_ID = re.compile(r"[^#]*#([^#]+)#\d+")
+
+
+def _agent(metadata: Any) -> str:
+    """Qwen Code's `promptId` is SESSION#AGENT#TURN, and SESSION########TURN of its main one."""
+    said = metadata.get("promptId") if isinstance(metadata, dict) else None
+    found = _PROMPT_ID.fullmatch(said) if isinstance(said, str) else None
+    return found[1] if found else ""
 
 
 def _show_reasoning(asked: wire.Request) -> bool:

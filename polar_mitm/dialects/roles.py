@@ -26,7 +26,8 @@ class Rule(Struct, frozen=True):
     `header` is there and, with `values`, has one of them; `harness` is how the user-agent begins. `system` is
     how the system prompt begins, `said` how a part of the last message does; `tools` and `schema` say whether
     the model is offered tools or held to a schema, `note` is one of the request's notes. `hosted`: what it
-    was to be offered are tools of the provider's own machines only.
+    was to be offered are tools of the provider's own machines only. `agent`: the body says that an agent asks
+    whose name begins so (`*`: any).
     """
 
     role: CallRole
@@ -39,6 +40,7 @@ class Rule(Struct, frozen=True):
     schema: bool | None = None
     note: str = ""
     hosted: bool = False
+    agent: str = ""
 
     def holds(self, headers: Mapping[str, str], request: ChatRequest) -> bool:
         """Whether the rule is about this call; `headers` have lower-case names."""
@@ -53,6 +55,8 @@ class Rule(Struct, frozen=True):
         if self.schema is not None and self.schema != (request.response_schema is not None):
             return False
         if self.note and self.note not in request.notes:
+            return False
+        if self.agent and not (request.agent and request.agent.startswith(self.agent.rstrip("*"))):
             return False
         if self.hosted and not _hosted_only(request):
             return False
@@ -95,6 +99,8 @@ RULES: tuple[Rule, ...] = (
     Rule("compaction", harness=_QWEN, tools=False, system="You are the component that summarizes "),
     Rule("compaction", harness=_QWEN, tools=False, system="You are a specialized system component "),
     Rule("auxiliary", harness=_QWEN, tools=False),
+    Rule("auxiliary", harness=_QWEN, agent="managed-"),  # it looks for what is worth remembering
+    Rule("subagent", harness=_QWEN, agent="*"),
     # Whoever it is: a search of its own, answered in plain text.
     Rule("auxiliary", hosted=True),
 )
@@ -129,7 +135,7 @@ def caller(dialect: str, headers: Mapping[str, str], request: ChatRequest) -> Ca
     for each in AGENT_HEADERS:
         if each.on in lower and each.role in (None, role) and agent.startswith(each.harness):
             return Caller(role, lower.get(each.name, "")[:_MAX_ID] or None)
-    return Caller(role)
+    return Caller(role, request.agent[:_MAX_ID] or None if role != "main" else None)
 
 
 def _system(request: ChatRequest) -> str:
