@@ -42,7 +42,7 @@ from polar_mitm.store import open_reader
 from polar_mitm.verify import Drift, ProcessScorer, Sampled, sampled
 from polar_mitm.verify import Path as Trajectory
 from polar_mitm.verify.context import differences
-from tests.e2e.sessions import BEGIN_AND_RESUME, in_front_of, made_to_look, session
+from tests.e2e.sessions import HARNESSES, in_front_of, made_to_look, session
 from tests.support.record_fixtures import POLAR_MITM
 
 BUILDERS: tuple[Builder, ...] = ("per-request", "polar-splice", "forest")
@@ -146,7 +146,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("stores", nargs="*", type=Path, metavar="STORE")
     parser.add_argument("--record", type=Path, metavar="DIRECTORY")
-    parser.add_argument("--harness", action="append", choices=BEGIN_AND_RESUME)
+    parser.add_argument("--harness", action="append", choices=HARNESSES)
     parser.add_argument("--turns", choices=("tools", "words"), default="tools")
     parser.add_argument("--model", type=Path, metavar="DIR")
     parser.add_argument("--json", action="store_true")
@@ -159,7 +159,7 @@ def arguments() -> argparse.Namespace:
 async def main(given: argparse.Namespace) -> None:
     stores = given.stores
     if given.record:
-        stores = [*stores, *await record(given.record, given.harness or list(BEGIN_AND_RESUME), given.turns)]
+        stores = [*stores, *await record(given.record, given.harness or list(HARNESSES), given.turns)]
     async with AsyncExitStack() as stack:
         scorer = None
         if given.model:

@@ -24,23 +24,15 @@ NUM_TOOL_TURNS = (4, 1, 0)
 """How often a tool is called before the last word, prompt by prompt."""
 NUM_CALLS = sum(NUM_TOOL_TURNS) + len(PROMPTS)
 
-_CLAUDE = "--dangerously-skip-permissions --print"
-_CODEX = "--dangerously-bypass-approvals-and-sandbox --skip-git-repo-check --model gpt-5"
-BEGIN_AND_RESUME = {
-    "claude-code": (_CLAUDE, f"{_CLAUDE} --continue"),
-    "codex": (f"exec {_CODEX}", f"exec resume --last {_CODEX}"),
-    "pi": ("--print", "--print --continue"),
-    "opencode": ("run", "run --continue"),
-}
-"""Arguments of a harness that begin a conversation, and that go on with the last one."""
+HARNESSES = ("claude-code", "codex", "pi", "opencode", "qwen-code", "gemini-cli")
 
 
 def session(harness: str) -> list[str]:
     """A command that has one conversation of `PROMPTS`, each in a process of its own."""
-    program = shlex.quote(str(ensure_harness(recipes.load(harness), default_cache()).bin_path))
-    begin, resume = BEGIN_AND_RESUME[harness]
-    asked = [f"{program} {begin if n == 0 else resume} {shlex.quote(p)}" for n, p in enumerate(PROMPTS)]
-    return ["sh", "-c", " && ".join(asked)]
+    recipe = recipes.load(harness)
+    program = ensure_harness(recipe, default_cache()).command
+    asked = [[*program, *recipe.arguments(prompt, resume=n > 0)] for n, prompt in enumerate(PROMPTS)]
+    return ["sh", "-c", " && ".join(map(shlex.join, asked))]
 
 
 def num_answered(request: dict[str, Any]) -> int:
@@ -58,10 +50,11 @@ def is_last_word(nth: int) -> bool:
 
 def looking(request: dict[str, Any], nth: int) -> Answer:
     """A script of the session, in which hardly an answer is as a template would write it."""
-    call = shell_call(request, "printf 'caf\u00e9'")
+    nth = num_answered(request)
+    # Not the same again: Qwen Code takes that for a loop, and ends.
+    call = shell_call(request, f"printf 'caf\u00e9 {nth}'")
     if is_probe(request) or call is None:
         return Answer(text="Looking around")  # a title, say
-    nth = num_answered(request)
     if is_last_word(nth):
         return Answer(text=f" Nothing more ({nth}). \n", reasoning="All seen.\n" if nth % 2 else "")
     name, arguments = call
@@ -165,7 +158,8 @@ def _delegation(tools: dict[str, Any]) -> tuple[str, str]:
         return _SPAWN, json.dumps({"message": task})
     if "task" in tools:
         return "task", json.dumps({"description": "look", "prompt": task, "subagent_type": "general"})
-    return "Agent", json.dumps({"description": "look", "prompt": task, "run_in_background": False})
+    name = "agent" if "agent" in tools else "Agent"  # Qwen Code's, and Claude Code's
+    return name, json.dumps({"description": "look", "prompt": task, "run_in_background": False})
 
 
 def garbling(request: dict[str, Any], nth: int) -> Answer:

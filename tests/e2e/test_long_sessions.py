@@ -1,4 +1,4 @@
-"""Long sessions of four real harnesses: each thread is one trajectory, on exactly the sampled ids."""
+"""Long sessions of the real harnesses: each thread is one trajectory, on exactly the sampled ids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from polar_mitm.types import ModelCall
 from tests.e2e.conftest import Cli
 from tests.e2e.engines import HarnessEngine
 from tests.e2e.sessions import (
-    BEGIN_AND_RESUME,
+    HARNESSES,
     NUM_CALLS,
     PROMPTS,
     in_front_of,
@@ -25,7 +25,7 @@ from tests.e2e.sessions import (
 )
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
-each_harness = pytest.mark.parametrize("name", BEGIN_AND_RESUME)
+each_harness = pytest.mark.parametrize("name", HARNESSES)
 
 
 @each_harness
