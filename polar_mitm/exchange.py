@@ -28,6 +28,7 @@ from polar_mitm.dialects.base import Dialect, Reply, StreamEncoder
 from polar_mitm.dialects.ids import new_id, sibling
 from polar_mitm.dialects.responses_state import Responses
 from polar_mitm.dialects.roles import caller
+from polar_mitm.dialects.windows import Scale, believed
 from polar_mitm.errors import PolarError
 from polar_mitm.gathered import Gathered, further, shares
 from polar_mitm.lineage import Found, Lineage
@@ -46,6 +47,9 @@ from polar_mitm.upstream.engine import EngineInfo
 from polar_mitm.upstream.render import Answers, Lookup, with_prompt
 
 logger = logging.getLogger(__name__)
+
+CLAMPED = "clamped:max_tokens"
+"""The note of a call whose answer had less room than was asked for."""
 
 
 class UpstreamRequest(Struct):
@@ -104,6 +108,8 @@ class Exchange:
         self._encoder: StreamEncoder | None = None
         self._request: ChatRequest | None = None
         self._usage = Usage()
+        self._scale = Scale()
+        self._clamped = False
         self._sent: list[bytes] = []
         self._begun = False
         self._unsaid: PolarError | None = None  # it ended the call, and nothing was released
@@ -147,6 +153,7 @@ class Exchange:
             call.role, call.agent_id = who.role, who.agent_id
             call.sampling_requested = request.sampling
             call.sampling = self._decide(request.sampling)
+            self._scale = self._told(request.model, headers)
             self._limit(request)
             call.upstream_body = vllm.build_body(request, call.sampling, self._engine)
             if request.stream:
@@ -246,6 +253,26 @@ class Exchange:
         ours = self._settings
         return Sampling(ours.temperature, ours.top_p, ours.top_k, room, asked.stop)
 
+    def _told(self, model: str, headers: Mapping[str, str]) -> Scale:
+        """How the harness is told of tokens."""
+        ours = self._settings
+        if ours.usage == "engine":
+            return Scale()
+        agent = next((value for name, value in headers.items() if name.lower() == "user-agent"), "")
+        window = believed(model, agent, ours.context_windows)
+        return Scale.between(window, self._engine.max_model_len, ours.window_reserve)
+
+    def _fit(self, num_prompt: int) -> bool:
+        """The answer has what the prompt leaves of the engine's window, and the record says so."""
+        room, asked = self._engine.max_model_len - num_prompt, self.call.sampling_requested.max_tokens
+        limits = [n for n in (asked, self._settings.max_tokens) if n is not None]
+        if room < 1 or not limits or min(limits) <= room:
+            return False
+        self.call.sampling.max_tokens = room
+        if CLAMPED not in self.call.notes:
+            self.call.notes.append(CLAMPED)
+        return True
+
     # -- the answer ----------------------------------------------------------------------------------
 
     def open(self) -> dict[str, str]:
@@ -274,7 +301,7 @@ class Exchange:
                 self._absorb(delta)
                 if self._encoder is not None:
                     out.append(self._begin())
-                    out.append(self._encoder.delta(delta))
+                    out.append(self._encoder.delta(self._scale.delta(delta)))
         except PolarError as error:
             out.append(self._break(error))
         except Exception as error:
@@ -291,12 +318,11 @@ class Exchange:
         assert self._request is not None
         self._settle()
         try:
+            shown = self._scale.completion(self.completion)
             if self._encoder is not None:
-                tail = self._encoder.finish(self.completion)
+                tail = self._encoder.finish(shown)
             else:
-                reply = self._dialect.encode(
-                    self._request, self.completion, self.call.call_id, self.call.started_at
-                )
+                reply = self._dialect.encode(self._request, shown, self.call.call_id, self.call.started_at)
         except Exception as error:
             return self.fail(PolarError("internal", f"cannot encode the answer: {error!r}"))
         self._end("ok")
@@ -306,10 +332,19 @@ class Exchange:
         return reply
 
     def reject(self, status: int, body: bytes) -> Reply | UpstreamRequest:
-        """The engine answered with an HTTP error. Where it may be our prompt of ids, it is asked again."""
+        """The engine answered with an HTTP error. It is asked again where that may be for our prompt of ids,
+        or for room that it does not have for the answer: not every engine cuts that down by itself.
+        """
+        error = vllm.rejection(status, body, self._settings.retry_after_s)
+        over = error.overflow
+        if over is not None and not self._clamped and self._fit(over.tokens):
+            self._clamped = True
+            assert self._request is not None
+            self.call.upstream_body = vllm.build_body(self._request, self.call.sampling, self._engine)
+            return self._ask()
         if self._continued.prompt_token_ids is not None and status in (400, 422):
             return self._plainly("engine_refused_token_input")
-        return self._reply("failed", vllm.rejection(status, body, self._settings.retry_after_s))
+        return self._reply("failed", error)
 
     def fail(self, error: PolarError) -> bytes | Reply:
         """End the call with an error: in the stream where it has begun, else as a whole answer."""
@@ -372,6 +407,7 @@ class Exchange:
 
     def _absorb(self, delta: Delta) -> None:
         if delta.prompt_token_ids is not None:
+            self._fit(len(delta.prompt_token_ids))
             for answer in self._gathered:
                 answer.completion.prompt_token_ids = delta.prompt_token_ids
             if self._continued.prompt_token_ids not in (None, delta.prompt_token_ids):
@@ -416,7 +452,7 @@ class Exchange:
         if self._released and self._encoder is not None:
             self._end("failed", error)
             try:
-                return self._begin() + self._encoder.error(error)
+                return self._begin() + self._encoder.error(self._scale.error(error, self._dialect.name))
             except Exception:  # the encoder is what failed; the cut stream says it too
                 return b""
         self._unsaid = self._retryable(error)
@@ -435,7 +471,8 @@ class Exchange:
         self._sent.clear()  # whatever was translated before the error was never released
         self.call.wire.chunk_sizes.clear()
         self.call.wire.chunk_at_ms.clear()
-        reply = self._dialect.encode_error(error, self.call.call_id)
+        shown = self._scale.error(error, self._dialect.name)
+        reply = self._dialect.encode_error(shown, self.call.call_id)
         self._keep(reply)
         return reply
 

@@ -13,9 +13,13 @@ from polar_mitm.dialects.responses_request import COMPACTION
 from polar_mitm.types import Caller, CallRole, ChatRequest
 
 HOSTED = frozenset(
-    "web_search web_search_preview web_fetch code_execution code_interpreter file_search image_generation "
-    "googleSearch google_search googleSearchRetrieval codeExecution urlContext url_context googleMaps "
-    "enterpriseWebSearch fileSearch".split()
+    {
+        *("web_search", "web_search_preview", "web_fetch", "code_execution", "code_interpreter"),
+        *("file_search", "image_generation"),
+        *("googleSearch", "googleSearchRetrieval", "codeExecution", "urlContext", "googleMaps"),
+        *("google_search", "google_search_retrieval", "url_context", "google_maps"),
+        *("enterpriseWebSearch", "fileSearch", "enterprise_web_search"),
+    }
 )
 """Tools that the provider's own machines run, by the names and types under which calls note them."""
 

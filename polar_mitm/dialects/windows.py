@@ -14,7 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from polar_mitm.errors import Overflow, PolarError
-from polar_mitm.types import Completion, Usage
+from polar_mitm.types import Completion, Delta, Usage
 
 
 class Window(Struct, frozen=True):
@@ -79,9 +79,7 @@ _OVERFLOW = {
         "tokens. Please reduce the length of the messages."
     ),
     "openai_responses": "{tokens} tokens, of at most {window}",  # what it says itself names no numbers
-    "gemini": (
-        "The input token count ({tokens}) exceeds the maximum number of tokens allowed ({window})."
-    ),
+    "gemini": ("The input token count ({tokens}) exceeds the maximum number of tokens allowed ({window})."),
 }
 
 
@@ -138,6 +136,12 @@ class Scale(Struct, frozen=True):
         others = [self.completion(other) for other in completion.others]
         return replace(completion, usage=self.usage(shown), others=others)
 
+    def delta(self, delta: Delta) -> Delta:
+        """A delta as it is shown: the same, but for its usage."""
+        if not self.room or delta.usage is None:
+            return delta
+        return replace(delta, usage=self.usage(delta.usage))
+
     def usage(self, usage: Usage) -> Usage:
         """Counts as told."""
         return Usage(
@@ -148,7 +152,7 @@ class Scale(Struct, frozen=True):
         )
 
     def error(self, error: PolarError, dialect: str) -> PolarError:
-        """An error as it is told: an overflow in the provider's words, with numbers that the harness knows."""
+        """An error as it is told: an overflow in the provider's words and the harness's numbers."""
         over = error.overflow
         if error.kind != "context_overflow" or over is None:
             return error

@@ -7,13 +7,14 @@ partial tokens behind, whether or not it asked for a stream itself.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 from msgspec import Struct, field
 
-from polar_mitm.errors import PolarError
+from polar_mitm.errors import Overflow, PolarError
 from polar_mitm.sse import EventTooLarge, SSEDecoder
 from polar_mitm.token_ids import TokenIds
 from polar_mitm.types import (
@@ -358,6 +359,25 @@ def error_text(error: Any) -> str:
     return str(cast(object, error))[:500]
 
 
+# What versions of the engine say of a prompt, or a prompt and its answer, that the window does not hold.
+_WINDOW = re.compile(
+    r"maximum context length is (\d+)|maximum model length of (\d+)|maximum context length \((\d+)\)"
+    r"|context length is only (\d+)"
+)
+_PROMPT = re.compile(
+    r"(\d+) in the messages|(?:has|passed|contains)(?: at least)? (\d+) input tokens|\(length (\d+)\)"
+    r"|Input length \((\d+)\)|(\d+) from the input|resulted in (\d+) tokens"
+)
+
+
+def _overflow(text: str) -> Overflow | None:
+    """The prompt's length and the window, where the engine names both."""
+    window, prompt = _WINDOW.search(text), _PROMPT.search(text)
+    if window is None or prompt is None or window.lastindex is None or prompt.lastindex is None:
+        return None
+    return Overflow(int(prompt[prompt.lastindex]), int(window[window.lastindex]))
+
+
 def rejection(status: int, body: bytes, retry_after_s: int) -> PolarError:
     """What an engine's non-200 answer means to a harness."""
     try:
@@ -365,7 +385,7 @@ def rejection(status: int, body: bytes, retry_after_s: int) -> PolarError:
     except msgspec.DecodeError:
         text = body[:200].decode("utf-8", "replace") or "no body"
     if status == 400 and ("context length" in text or "longer than the maximum" in text):
-        return PolarError("context_overflow", text, status=status)
+        return PolarError("context_overflow", text, status=status, overflow=_overflow(text))
     if status in (400, 413, 422):
         return PolarError("bad_request", f"the engine refused the request: {text}", status=status)
     # Everything else is the engine's trouble, not the harness's: it may try again.
