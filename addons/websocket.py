@@ -22,7 +22,7 @@ from wsproto.extensions import PerMessageDeflate
 from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import RemoteProtocolError, generate_accept_token
 
-from polar_mitm.dialects.responses_socket import SOCKET, greeting, head_of, unknown_message
+from polar_mitm.dialects.responses_socket import SOCKET, head_of, unknown_message
 from polar_mitm.dialects.responses_state import SOCKET_METHOD
 from polar_mitm.dialects.routes import route
 from polar_mitm.errors import PolarError
@@ -257,11 +257,11 @@ class WebSockets:
             await socket.close(CloseReason.INTERNAL_ERROR)
 
     async def _answer(self, session: Session, flow: http.HTTPFlow, socket: Socket, message: bytes) -> None:
-        head = head_of(message)
-        name = f"{SOCKET_METHOD} {flow.request.pretty_host}{flow.request.path.partition('?')[0]}"
-        if head.type != "response.create":
-            self._capture.egress(session, "refused", "websocket", name, f"message {head.type[:64]!r}")
-            await socket.send(unknown_message(head.type))
+        kind = head_of(message).type
+        if kind != "response.create":
+            name = f"{SOCKET_METHOD} {flow.request.pretty_host}{flow.request.path.partition('?')[0]}"
+            self._capture.egress(session, "refused", "websocket", name, f"message {kind[:64]!r}")
+            await socket.send(unknown_message(kind))
             return
         if (reply := greeting(head)) is not None:
             self._capture.egress(session, "stubbed", "websocket", name, "prewarm")

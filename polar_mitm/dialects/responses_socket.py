@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from polar_mitm.dialects.base import Reply, StreamEncoder
-from polar_mitm.dialects.ids import minted, new_id
+from polar_mitm.dialects.ids import new_id
 from polar_mitm.dialects.openai_responses import OpenAIResponses
 from polar_mitm.dialects.responses_answer import ERRORS, error_body
 from polar_mitm.dialects.responses_state import begun_empty
@@ -66,21 +66,14 @@ def headers_of(wire: Wire) -> dict[str, str]:
     return headers
 
 
-def greeting(head: Head) -> bytes | None:
-    """The answer to a prewarm without any items, which nothing need be kept of; None for anything else."""
-    empty = bytes(head.input) in (b"null", b"[]", b'""')
-    if head.generate is not False or head.previous_response_id is not None or not empty:
-        return None
-    return _completed(head.model, begun_empty(new_id()), time.time())
-
-
 def prewarm(wire: Wire) -> ModelCall | None:
-    """The call, answered, of a prewarm with items (`generate: false`); None for any other message."""
+    """The call, answered, of a prewarm: it generates nothing, and is referred to. None for another message."""
     head = head_of(wire.request_body)
     if head.generate is not False:
         return None
     call_id, at = new_id(), time.time()
-    wire.status, wire.response_body = 200, _completed(head.model, minted("resp", call_id), at)
+    stream = ResponsesStream(ChatRequest(head.model, []), call_id, at)
+    wire.status, wire.response_body = 200, _lines(stream.start() + stream.end_empty())
     wire.chunk_sizes, wire.chunk_at_ms = [len(wire.response_body)], [0.0]
     return ModelCall(
         call_id,

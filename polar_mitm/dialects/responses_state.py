@@ -144,7 +144,7 @@ class Responses:
         """All items up to and with a response's output."""
         chain = list(self._chain(response_id))
         first = chain[-1][1].previous if chain else response_id
-        if first is not None and not _is_empty(first):
+        if first is not None:
             raise PreviousResponseNotFound(response_id)
         if sum(kept.num_bytes for _, kept in chain) > self._max_bytes:
             raise PolarError("too_large", f"previous_response_id: more than {self._max_bytes} bytes")
