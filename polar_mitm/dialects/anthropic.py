@@ -40,7 +40,7 @@ class Anthropic:
             anthropic_answer.ERRORS[error.kind][0], anthropic_answer.error_body(error, call_id), headers
         )
 
-    def stream_headers(self, call_id: str) -> dict[str, str]:
+    def stream_headers(self, call_id: str, request: ChatRequest | None = None) -> dict[str, str]:
         return {
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-cache",

@@ -77,6 +77,6 @@ class Dialect(Protocol):
         """An error in the provider's shape, with `retry-after` where the error has one."""
         ...
 
-    def stream_headers(self, call_id: str) -> dict[str, str]:
-        """Headers of a streaming 200 answer."""
+    def stream_headers(self, call_id: str, request: ChatRequest | None = None) -> dict[str, str]:
+        """Headers of a streaming 200 answer; `request` where its stream may have more than one form."""
         ...

@@ -40,7 +40,7 @@ class OpenAIChat:
             headers["retry-after"] = str(error.retry_after_s)
         return Reply(ERRORS[error.kind][0], chat_answer.error_body(error), headers)
 
-    def stream_headers(self, call_id: str) -> dict[str, str]:
+    def stream_headers(self, call_id: str, request: ChatRequest | None = None) -> dict[str, str]:
         return _headers("text/event-stream; charset=utf-8", call_id) | {"cache-control": "no-cache"}
 
 

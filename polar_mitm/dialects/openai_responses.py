@@ -43,7 +43,7 @@ class OpenAIResponses:
             headers["retry-after"] = str(error.retry_after_s)
         return Reply(responses_answer.ERRORS[error.kind][0], responses_answer.error_body(error), headers)
 
-    def stream_headers(self, call_id: str) -> dict[str, str]:
+    def stream_headers(self, call_id: str, request: ChatRequest | None = None) -> dict[str, str]:
         return {
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-cache",
