@@ -263,10 +263,6 @@ class WebSockets:
             self._capture.egress(session, "refused", "websocket", name, f"message {kind[:64]!r}")
             await socket.send(unknown_message(kind))
             return
-        if (reply := greeting(head)) is not None:
-            self._capture.egress(session, "stubbed", "websocket", name, "prewarm")
-            await socket.send(reply)
-            return
         socket.current = Message(flow, _message(flow, message), socket)
         try:
             await self._calls.message(session, socket.current)

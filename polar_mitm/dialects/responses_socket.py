@@ -16,7 +16,6 @@ from polar_mitm.dialects.base import Reply, StreamEncoder
 from polar_mitm.dialects.ids import new_id
 from polar_mitm.dialects.openai_responses import OpenAIResponses
 from polar_mitm.dialects.responses_answer import ERRORS, error_body
-from polar_mitm.dialects.responses_state import begun_empty
 from polar_mitm.dialects.responses_stream import ResponsesStream
 from polar_mitm.errors import ErrorKind, PolarError
 from polar_mitm.types import ChatRequest, Completion, Delta, ModelCall, Wire
@@ -35,8 +34,6 @@ class Head(Struct):
     type: str = ""
     generate: bool | None = None
     model: str = ""
-    input: Raw = Raw(b"null")
-    previous_response_id: str | None = None
 
 
 def head_of(message: bytes) -> Head:
@@ -67,7 +64,7 @@ def headers_of(wire: Wire) -> dict[str, str]:
 
 
 def prewarm(wire: Wire) -> ModelCall | None:
-    """The call, answered, of a prewarm: it generates nothing, and is referred to. None for another message."""
+    """The call, answered, of a prewarm: it generates nothing, and is referred to. None for others."""
     head = head_of(wire.request_body)
     if head.generate is not False:
         return None
@@ -97,12 +94,6 @@ def unknown_message(kind: str) -> bytes:
     """The answer to a message that is no `response.create`."""
     error = PolarError("bad_request", f"type: unknown message type {kind[:64]!r}")
     return SOCKET.encode_error(error).body
-
-
-def _completed(model: str, response_id: str, at: float) -> bytes:
-    stream = ResponsesStream(ChatRequest(model, []), "", at)
-    stream.response["id"] = response_id
-    return _lines(stream.start() + stream.end_empty())
 
 
 class ResponsesSocket:

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 import msgspec
 from msgspec import Raw, Struct
 
-from polar_mitm.dialects.ids import call_id_of, minted
 from polar_mitm.errors import PolarError
 from polar_mitm.types import Wire
 
@@ -74,16 +73,6 @@ _item = msgspec.json.Decoder(_Item).decode
 _items = msgspec.json.Decoder(list[Raw]).decode
 _fields = msgspec.json.Decoder(dict[str, Raw]).decode
 _unreadable = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-
-
-def begun_empty(call_id: str) -> str:
-    """The id of a response without any items: it says so itself, and need not be kept."""
-    return minted("resp", call_id, 0)
-
-
-def _is_empty(response_id: str) -> bool:
-    call_id = call_id_of(response_id)
-    return call_id is not None and response_id == begun_empty(call_id)
 
 
 class Responses:

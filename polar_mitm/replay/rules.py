@@ -84,7 +84,6 @@ RULES: tuple[Rule, ...] = (
     Rule("turn_metadata", f"{_TURN}.*", "number", _UUID),
     Rule("turn_time", f"{_TURN}.turn_started_at_unix_ms", "mask"),
     Rule("request_time", "body.client_metadata.x-codex-ws-stream-request-start-ms", "mask"),
-    Rule("prewarm_id", "body.previous_response_id", "mask", "(^resp_)[0-9A-Z]{26}_0$"),
     Rule("socket_key", "headers.sec-websocket-key", "ignore"),
     Rule("cache_key", "body.prompt_cache_key", "number", _UUID),
     Rule("item_id", "body.input.*.id", "number", _UUID),

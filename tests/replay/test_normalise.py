@@ -81,12 +81,6 @@ EXAMPLES: list[tuple[str, str, Any, Any]] = [
         "1795149077627",
         "1795149077628",
     ),
-    (
-        "body.previous_response_id",
-        "prewarm_id",
-        "resp_01JD0Z6Q3W8F4M2N5P7R9T1V3X_0",
-        "resp_01JD0Z6Q3W8F4M2N5P7R9T1V3Y_0",
-    ),
     ("headers.sec-websocket-key", "socket_key", "7qRdCOzRqaKF/wsj/R3XVQ==", "dGhlIHNhbXBsZSBub25jZQ=="),
     ("body.prompt_cache_key", "cache_key", U1, U2),
     ("body.input.0.id", "item_id", f"msg_{U1}", f"msg_{U2}"),
