@@ -14,6 +14,7 @@ from polar_mitm import __version__
 from polar_mitm.cli import (
     calls,
     collect,
+    conformance,
     demo,
     doctor,
     engine,
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 app.command("demo", rich_help_panel=_SETUP, epilog=demo.EXAMPLES)(demo.demo)
 app.command("doctor", rich_help_panel=_SETUP)(doctor.doctor)
+app.command("conformance", rich_help_panel=_SETUP, epilog=conformance.EXAMPLES)(conformance.conformance)
 app.add_typer(engine.app, name="engine", rich_help_panel=_SETUP)
 app.command(
     "run",

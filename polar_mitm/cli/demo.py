@@ -67,7 +67,7 @@ def demo(
         fail(f"--store takes a file, and {store} is a directory")
     _check_names(harness or [])
     say("1. the sandbox: a network namespace with nothing but our listeners in it", style="bold")
-    _check_sandbox()
+    check_sandbox()
     say("2. the harnesses, unmodified, at pinned versions", style="bold")
     jobs, unavailable = _jobs(harness or HARNESSES, timeout)
     say("3. the engine", style="bold")
@@ -91,7 +91,7 @@ def _check_names(harnesses: Sequence[str]) -> None:
         fail(f"--harness takes one of {', '.join(known)}, not {', '.join(sorted(unknown))}")
 
 
-def _check_sandbox() -> None:
+def check_sandbox() -> None:
     """Get bubblewrap where that is possible; the end of the command where no sandbox can be made.
 
     Without sandbox there is no demo: a harness that could reach its real provider would prove nothing.

@@ -19,7 +19,8 @@ RUN = 125  # `run` itself failed, as with env(1) and docker: below it are the ha
 
 _KINDS = {INPUT: "input", ENGINE: "engine", SETUP: "setup", BUG: "bug"}
 TEXT = (
-    "Exit codes: 0 done; 1 the answer is no (doctor, engine status, reconstruct, verify, replay, demo); "
+    "Exit codes: 0 done; 1 the answer is no (doctor, engine status, reconstruct, verify, replay, demo, "
+    "conformance); "
     "2 wrong option, file or id; 3 no engine, or an unfit one; 4 something is missing on this machine; "
     "70 a bug; 130 and 143 interrupted. `run` exits with the harness's own code, 124 after --timeout, "
     "125 if it failed itself.\n\n"

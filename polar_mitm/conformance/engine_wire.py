@@ -124,17 +124,14 @@ def logprobs_json(tokens: list[Token], top: int = 0) -> dict[str, Any]:
 
 
 def _logprob_json(token: Token, top: int) -> dict[str, Any]:
-    likeliest = [
-        (token.token_id, token.logprob),
-        *(((token.token_id + r) % 128, -r / 4) for r in range(1, top)),
-    ]
+    rivals = [(byte_tokens.BYTE_OFFSET + (token.token_id + rank) % 128, -rank / 4) for rank in range(1, top)]
     shown = [
         {
             "token": byte_tokens.token_bytes(token_id).decode(errors="replace"),
             "logprob": logprob,
             "bytes": list(byte_tokens.token_bytes(token_id)),
         }
-        for token_id, logprob in likeliest
+        for token_id, logprob in [(token.token_id, token.logprob), *rivals]
     ]
     return {**shown[0], "top_logprobs": shown[:top]}
 

@@ -70,7 +70,7 @@ class Scenario:
     files: Mapping[str, bytes] = field(default_factory=dict)
     images: bool = False
     trust: Sequence[str] | None = None
-    timeout_s: float = 120
+    timeout_s: float = 180
     fast: bool = False
 
     @property
