@@ -44,6 +44,7 @@ class Chain:
         self.streaming = Streaming(capture.settings.max_body_bytes)
         self.listeners = Listeners(capture)
         self.intercept = model_calls(capture)
+        self.websockets = WebSockets(capture, self.intercept)
         self.metrics = Metrics()
         capture.observe = self.metrics.observe
         self.addons: list[Any] = [
@@ -51,7 +52,7 @@ class Chain:
             Egress(),
             Identify(capture),
             self.intercept,
-            WebSockets(capture, self.intercept),
+            self.websockets,
             Stubs(capture),
             self.metrics,
             self.listeners,

@@ -223,7 +223,8 @@ class WebSockets:
     def __init__(self, capture: Capture, model_calls: MessageCalls) -> None:
         self._capture = capture
         self._calls = model_calls
-        self._open: dict[asyncio.Task[None], Socket] = {}
+        self.open: dict[asyncio.Task[None], Socket] = {}
+        """Connections, by the task that has their conversation."""
 
     def request(self, flow: http.HTTPFlow) -> None:
         provider = flow.metadata.get(PROVIDER)
@@ -238,12 +239,12 @@ class WebSockets:
         flow.response, deflate = found
         socket = flow.metadata[UPGRADED] = Socket(flow, deflate, settings.max_body_bytes)
         task = asyncio.get_running_loop().create_task(self._converse(session, flow, socket))
-        self._open[task] = socket
-        task.add_done_callback(lambda _: self._open.pop(task, None))
+        self.open[task] = socket
+        task.add_done_callback(lambda _: self.open.pop(task, None))
 
     def client_disconnected(self, client: connection.Client) -> None:
         """A connection that was cut is not always told to the layers."""
-        for socket in self._open.values():
+        for socket in self.open.values():
             if socket.client_id == client.id:
                 socket.gone()
 

@@ -124,7 +124,7 @@ class ResponsesSocket:
             body = _lines(ResponsesStream(ChatRequest("", []), call_id, time.time()).error(error))
         return Reply(status, body, {})
 
-    def stream_headers(self, call_id: str) -> dict[str, str]:
+    def stream_headers(self, call_id: str, request: ChatRequest | None = None) -> dict[str, str]:
         return {}
 
 
