@@ -69,6 +69,7 @@ class RolloutColumns:
     tokenizer: Sequence[str]
     model_served: Sequence[str]
     guided: Sequence[bool]
+    agent_id: Sequence[str | None]
 
     def __len__(self) -> int:
         return len(self.call_ids)

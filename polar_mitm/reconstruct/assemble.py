@@ -55,4 +55,5 @@ def assemble(
         spans=tuple(spans),
         policy_version_min=ordered[0] if ordered else None,
         policy_version_max=ordered[-1] if ordered else None,
+        agent_id=columns.agent_id[last],
     )

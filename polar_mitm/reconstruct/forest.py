@@ -89,7 +89,7 @@ def _likeliest(columns: RolloutColumns, row: int, candidates: Sequence[int]) -> 
 def _mark_orphans(
     columns: RolloutColumns, rows: Sequence[int], prompts: Sequence[int], extended: set[int]
 ) -> list[bool]:
-    """Among calls of one role with identical prompts, those that did not live on.
+    """Among calls of one agent and role with identical prompts, those that did not live on.
 
     Alive are those whose thread went on: the extended ones, and the delivered ones that a call names as its
     parent. Where there is none, the delivered ones; where none was either, the last one started, since each
@@ -100,9 +100,10 @@ def _mark_orphans(
     def went_on(row: int) -> bool:
         return columns.delivered[row] and columns.call_ids[row] in named
 
-    siblings: dict[tuple[str, int], list[int]] = {}
+    siblings: dict[tuple[str, str | None, int], list[int]] = {}
     for row in rows:
-        siblings.setdefault((columns.role[row], prompts[row]), []).append(row)
+        who = columns.role[row], columns.agent_id[row]
+        siblings.setdefault((*who, prompts[row]), []).append(row)
     orphan = [False] * len(columns)
     for group in siblings.values():
         if len(group) > 1:

@@ -62,6 +62,7 @@ def columns_of(rollout_id: str, calls: Sequence[ModelCall]) -> RolloutColumns:
         tokenizer=field("tokenizer"),
         model_served=field("model_served"),
         guided=field("guided"),
+        agent_id=field("agent_id"),
     )
 
 

@@ -40,7 +40,8 @@ _COLUMNS = """
         try(lineage ->> 'policy_version_last') AS policy_version_last,
         try(lineage ->> 'replayed_from') AS replayed_from,
         coalesce(try(lineage ->> 'tokenizer'), '') AS tokenizer, coalesce(model_served, '') AS model_served,
-        coalesce(notes, '') LIKE '%"{guided}%' AS guided
+        coalesce(notes, '') LIKE '%"{guided}%' AS guided,
+        try(lineage ->> 'agent_id') AS agent_id
     FROM stored_calls WHERE rollout_id IN ({ids}) AND rollout_id BETWEEN {first} AND {last}
 """
 _KNOWN = {
@@ -53,7 +54,7 @@ _KNOWN = {
 _PLAIN = (
     "started_at", "delivered", "status", "role", "finish_reason", "parent_call_id", "continuation",
     "fallback", "policy_version", "policy_version_last", "replayed_from", "tokenizer", "model_served",
-    "guided",
+    "guided", "agent_id",
 )  # fmt: skip
 
 

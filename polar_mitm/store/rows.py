@@ -145,6 +145,7 @@ class _Lineage(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     policy_version_last: str | None = None
     replayed_from: str | None = None
     tokenizer: str = ""
+    agent_id: str | None = None
 
 
 _LINEAGE_FIELDS = _Lineage.__struct_fields__

@@ -27,6 +27,7 @@ _ROWS = pa.schema(
         ("mask_runs", _IDS),
         *((n, pa.string()) for n in ("spans", "policy_version_min", "policy_version_max")),
         ("built_at", pa.float64()),
+        ("agent_id", pa.string()),
     ]
 )
 
@@ -54,6 +55,8 @@ class BuiltTrajectory(Protocol):
     def policy_version_min(self) -> str | None: ...
     @property
     def policy_version_max(self) -> str | None: ...
+    @property
+    def agent_id(self) -> str | None: ...
 
 
 class StoredSpan(msgspec.Struct, frozen=True):
@@ -83,6 +86,7 @@ class StoredTrajectory:
     spans: tuple[StoredSpan, ...]
     policy_version_min: str | None
     policy_version_max: str | None
+    agent_id: str | None = None
 
 
 def stored_trajectories(reader: Selects, rollout_id: str, builder: str) -> Iterator[StoredTrajectory]:
@@ -188,6 +192,7 @@ class TrajectoryWriter:
             one.policy_version_min,
             one.policy_version_max,
             self._now,
+            one.agent_id,
         )
 
 

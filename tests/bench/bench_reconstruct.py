@@ -96,6 +96,7 @@ def rollout(number: int, num_calls: int, num_new: int, *, mixed: bool) -> Rollou
         tokenizer=same("qwen"),
         model_served=same("qwen"),
         guided=same(False),
+        agent_id=same(None),
     )
 
 

@@ -77,6 +77,7 @@ calls = st.builds(
     model_requested=text,
     model_served=text,
     role=st.sampled_from(["main", "subagent", "auxiliary", "compaction"]),
+    agent_id=st.none() | st.text(min_size=1, max_size=9),
     parent_call_id=st.none() | text,
     stream=st.booleans(),
     delivered=st.booleans(),

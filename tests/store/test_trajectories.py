@@ -34,6 +34,7 @@ class Built:
     spans: tuple[object, ...] = field(default_factory=tuple)
     policy_version_min: str | None = "6"
     policy_version_max: str | None = "7"
+    agent_id: str | None = "agent-1"
 
 
 SPAN = {
@@ -113,7 +114,7 @@ def test_a_table_and_its_views(tmp_path: Path) -> None:
             array, expected = getattr(found, name), getattr(one, name)
             assert array.dtype == expected.dtype and np.array_equal(array, expected)
         assert found.spans == (StoredSpan(**SPAN),)
-        for name in ("trajectory_id", "rollout_id", "group_id", "role", "policy_version_min"):
+        for name in ("trajectory_id", "rollout_id", "group_id", "role", "agent_id", "policy_version_min"):
             assert getattr(found, name) == getattr(one, name)
     assert [b["report"] for b in builds] == ['{"trained":1216}', '{"trained":1}']
 
