@@ -1,14 +1,14 @@
 """The OpenAI Chat Completions API, as OpenAI and the many services that are compatible with it speak it.
 
 Source: platform.openai.com/docs/api-reference/chat. Decoding lives in `chat_request`, what we answer in
-`chat_answer`.
+`chat_stream` and `chat_answer`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from polar_mitm.dialects import chat_answer, chat_request
+from polar_mitm.dialects import chat_answer, chat_request, chat_stream
 from polar_mitm.dialects.base import Reply
 from polar_mitm.dialects.ids import minted
 from polar_mitm.dialects.responses_answer import ERRORS
@@ -25,8 +25,8 @@ class OpenAIChat:
     def decode(self, body: bytes, headers: Mapping[str, str], path: str) -> ChatRequest:
         return chat_request.decode(body)
 
-    def encoder(self, request: ChatRequest, call_id: str, created_at: float) -> chat_answer.ChatStream:
-        return chat_answer.ChatStream(request, call_id, created_at)
+    def encoder(self, request: ChatRequest, call_id: str, created_at: float) -> chat_stream.ChatStream:
+        return chat_stream.ChatStream(request, call_id, created_at)
 
     def encode(self, request: ChatRequest, completion: Completion, call_id: str, created_at: float) -> Reply:
         if chat_answer.broken(completion):
