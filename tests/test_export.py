@@ -99,7 +99,7 @@ def test_nothing_to_export_is_a_file_without_rows(tmp_path: Path) -> None:
 def test_the_file_says_what_it_is_and_is_compressed_with_zstd(tmp_path: Path) -> None:
     export_trajectories(build([A])[0], tmp_path / "t.parquet")
     export_calls([A], tmp_path / "c.parquet")
-    for name, schema, version in (("t", TRAJECTORIES, b"trajectories/2"), ("c", CALLS, b"calls/2")):
+    for name, schema, version in (("t", TRAJECTORIES, b"trajectories/3"), ("c", CALLS, b"calls/3")):
         file = pq.ParquetFile(tmp_path / f"{name}.parquet")
         assert file.schema_arrow.metadata[b"polar_mitm.schema"] == version
         assert file.schema_arrow.equals(schema)

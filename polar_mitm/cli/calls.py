@@ -95,11 +95,14 @@ def tell_rollout(rollout: Rollout) -> None:
 
 
 def tell_calls(found: Iterable[ModelCall], counts: dict[str, Count]) -> None:
-    """A table of calls."""
+    """A table of calls; with sub-agents by name, where there are any."""
+    found = list(found)
+    agents = any(c.agent_id for c in found)
     rows = [
         (
             short(c.call_id),
             c.role,
+            *([c.agent_id and short(c.agent_id)] if agents else []),
             c.dialect.removeprefix("openai_"),
             c.status,
             *counts[c.call_id],
@@ -110,7 +113,8 @@ def tell_calls(found: Iterable[ModelCall], counts: dict[str, Count]) -> None:
         for c in found
     ]
     if rows:
-        print_table("call,role,dialect,status,prompt,sampled,first ms,tok/s,outcome", rows)
+        named = "agent," if agents else ""
+        print_table(f"call,role,{named}dialect,status,prompt,sampled,first ms,tok/s,outcome", rows)
 
 
 def tell_refused(events: Iterable[EgressEvent]) -> None:

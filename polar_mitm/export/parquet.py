@@ -52,6 +52,7 @@ TRAJECTORIES = pa.schema(
         column("rollout_id", pa.string()),
         column("group_id", pa.string(), "the rollouts of one task under one policy"),
         column("role", pa.string(), "of its last call: main, subagent, auxiliary, compaction"),
+        column("agent_id", pa.string(), "the sub-agent of its last call, where the harness names it"),
         column("num_tokens", pa.int32(), "T"),
         column("num_trained", pa.int32(), "the sum of loss_mask"),
         column("token_ids", IDS, "[T]"),
@@ -61,7 +62,7 @@ TRAJECTORIES = pa.schema(
         column("policy_version_max", pa.string(), "over the spans that train"),
         column("spans", pa.list_(_SPAN), "the calls, root first; they tile 0..T"),
     ],
-    metadata={"polar_mitm.schema": "trajectories/2"},
+    metadata={"polar_mitm.schema": "trajectories/3"},
 )
 _SAMPLING = pa.struct(
     [
@@ -80,6 +81,7 @@ CALLS = pa.schema(
         *(column(name, pa.string()) for name in ("call_id", "rollout_id")),
         column("seq", pa.int64(), "order of arrival within the rollout"),
         column("role", pa.string(), "main, subagent, auxiliary, compaction"),
+        column("agent_id", pa.string(), "which sub-agent, where the harness names it"),
         column("status", pa.string(), "ok, cancelled, failed, refused"),
         column("parent_call_id", pa.string(), "recorded lineage; reconstruction goes by the ids"),
         *(column(n, pa.string()) for n in ("dialect", "route", "model_requested", "model_served")),
@@ -104,7 +106,7 @@ CALLS = pa.schema(
         column("first_token_at", pa.float64(), "Unix seconds"),
         column("ended_at", pa.float64(), "Unix seconds"),
     ],
-    metadata={"polar_mitm.schema": "calls/2"},
+    metadata={"polar_mitm.schema": "calls/3"},
 )
 
 

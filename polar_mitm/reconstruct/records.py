@@ -66,9 +66,9 @@ class Trajectory:
     """One root-to-leaf token path: the context of each token is, id for id, the one it was sampled under.
 
     `token_ids` [T] int32, `loss_mask` [T] uint8 (1 where a sampled token trains), `behaviour_logprobs` [T]
-    float32 in nats (0.0 where masked). `spans` tile the path from 0 to T, root first. `role`, `agent_id`
-    and the id are the last call's. `policy_version_min`/`max` range over the spans that train, shorter text before longer
-    and then in text order, so plain numbers and `step-9` before `step-10` come out right.
+    float32 in nats (0.0 where masked). `spans` tile the path from 0 to T, root first. `role`, `agent_id` and
+    the id are the last call's. `policy_version_min`/`max` range over the spans that train, shorter text
+    before longer and then in text order, so plain numbers and `step-9` before `step-10` come out right.
     """
 
     trajectory_id: str
