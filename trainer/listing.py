@@ -153,7 +153,8 @@ class Listing:
         batch = packed(self._reader, numbers)
         rows = self._reader.sql(
             "SELECT group_id, role, agent_id, spans, policy_version_min, policy_version_max "
-            f"FROM trajectory_rows WHERE trajectory_no IN ({', '.join(map(str, numbers))}) ORDER BY trajectory_no"
+            "FROM trajectory_rows "
+            f"WHERE trajectory_no IN ({', '.join(map(str, numbers))}) ORDER BY trajectory_no"
         ).to_pylist()
         for at, (each, row) in enumerate(zip(chosen, rows, strict=True)):
             if batch.trajectory_ids[at] != each.trajectory_id:
