@@ -10,6 +10,7 @@ from msgspec import Struct
 from polar_mitm.compression import decompress
 from polar_mitm.dialects.base import Dialect
 from polar_mitm.dialects.side_table import Side
+from polar_mitm.dialects.windows import scale_for
 from polar_mitm.errors import PolarError
 from polar_mitm.types import Sampling
 from polar_mitm.upstream import vllm
@@ -26,9 +27,10 @@ class _Count(Struct):
 async def count(
     capture: Capture, session: Session, request: http.Request, side: Side, dialect: Dialect, path: str
 ) -> int:
-    """The tokens of the model call that the request is about: translated and rendered as that would be.
+    """The tokens of the model call that the request is about, as the harness would be told of them.
 
-    `path` is that of the model call. The request's body is whole.
+    It is translated and rendered as that call would be. `path` is that of the model call. The request's body
+    is whole.
 
     Raises:
         PolarError: the request is wrong as a model call's would be (`bad_request`, `too_large`), or the
@@ -43,6 +45,12 @@ async def count(
     asked = dialect.decode(whole, headers, path)
     sampling = Sampling(settings.temperature, settings.top_p, settings.top_k)
     chat = vllm.build_body(asked, sampling, capture.engine)
+    scale = scale_for(asked.model, headers, capture.engine.max_model_len, settings)
+    return scale.tokens(await _num_tokens(capture, chat))
+
+
+async def _num_tokens(capture: Capture, chat: bytes) -> int:
+    """The engine's own count of a chat completion's prompt."""
     status, answer = await _ask(capture, render(chat))
     if status == 200:
         try:
@@ -57,7 +65,7 @@ async def count(
                 return msgspec.json.decode(tokens, type=_Count).count
             except msgspec.MsgspecError as error:
                 raise PolarError("overloaded", f"the engine's tokens: {error}") from error
-    raise vllm.rejection(status, answer, settings.retry_after_s)
+    raise vllm.rejection(status, answer, capture.settings.retry_after_s)
 
 
 def _tokenize(chat: bytes) -> Lookup:

@@ -14,6 +14,7 @@ from polar_mitm.dialects.ids import new_id
 from polar_mitm.dialects.registry import DIALECTS
 from polar_mitm.dialects.routes import ERROR_DIALECT, route
 from polar_mitm.dialects.side_table import Side
+from polar_mitm.dialects.windows import scale_for
 from polar_mitm.errors import PolarError
 from polar_mitm.store.redact import credentials, redact_path
 from polar_mitm_addons.capture import Capture, Session
@@ -84,7 +85,9 @@ class Stubs:
 
     def _values(self, request: http.Request, side: Side, groups: dict[str, str]) -> dict[str, Any]:
         """What the placeholders of an answer stand for."""
-        engine = self._capture.engine
-        named = {name: request.headers.get(header, name) for name, header in side.from_header.items()}
-        inside = {name: unquote(value) for name, value in groups.items()}
-        return {"model": engine.model, "window": engine.max_model_len or None, **named, **inside}
+        engine, settings = self._capture.engine, self._capture.settings
+        values = {"model": engine.model}
+        values |= {name: request.headers.get(header, name) for name, header in side.from_header.items()}
+        values |= {name: unquote(value) for name, value in groups.items()}
+        scale = scale_for(values["model"], request.headers, engine.max_model_len, settings)
+        return {**values, "window": scale.window or engine.max_model_len or None}

@@ -28,7 +28,7 @@ from polar_mitm.dialects.base import Dialect, Reply, StreamEncoder
 from polar_mitm.dialects.ids import new_id, sibling
 from polar_mitm.dialects.responses_state import Responses
 from polar_mitm.dialects.roles import caller
-from polar_mitm.dialects.windows import Scale, believed
+from polar_mitm.dialects.windows import Scale, scale_for
 from polar_mitm.errors import PolarError
 from polar_mitm.gathered import Gathered, further, shares
 from polar_mitm.lineage import Found, Lineage
@@ -153,7 +153,7 @@ class Exchange:
             call.role, call.agent_id = who.role, who.agent_id
             call.sampling_requested = request.sampling
             call.sampling = self._decide(request.sampling)
-            self._scale = self._told(request.model, headers)
+            self._scale = scale_for(request.model, headers, self._engine.max_model_len, self._settings)
             self._limit(request)
             call.upstream_body = vllm.build_body(request, call.sampling, self._engine)
             if request.stream:
@@ -252,15 +252,6 @@ class Exchange:
             room = None  # the engine then gives what its window has left
         ours = self._settings
         return Sampling(ours.temperature, ours.top_p, ours.top_k, room, asked.stop)
-
-    def _told(self, model: str, headers: Mapping[str, str]) -> Scale:
-        """How the harness is told of tokens."""
-        ours = self._settings
-        if ours.usage == "engine":
-            return Scale()
-        agent = next((value for name, value in headers.items() if name.lower() == "user-agent"), "")
-        window = believed(model, agent, ours.context_windows)
-        return Scale.between(window, self._engine.max_model_len, ours.window_reserve)
 
     def _fit(self, num_prompt: int) -> bool:
         """The answer has what the prompt leaves of the engine's window, and the record says so."""

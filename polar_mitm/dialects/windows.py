@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from msgspec import Struct
 from msgspec.structs import replace
 
+from polar_mitm.config import Settings
 from polar_mitm.errors import Overflow, PolarError
 from polar_mitm.types import Completion, Delta, Usage
 
@@ -161,3 +162,12 @@ class Scale(Struct, frozen=True):
         words = _OVERFLOW.get(dialect, "{tokens} tokens, of at most {window}")
         told = words.format(tokens=tokens, window=window)
         return PolarError(error.kind, told, status=error.status, overflow=Overflow(tokens, window))
+
+
+def scale_for(model: str, headers: Mapping[str, str], engine_window: int, settings: Settings) -> Scale:
+    """How the harness that sent these headers and asked for `model` is told of tokens."""
+    if settings.usage == "engine":
+        return Scale()
+    agent = next((value for name, value in headers.items() if name.lower() == "user-agent"), "")
+    window = believed(model, agent, settings.context_windows)
+    return Scale.between(window, engine_window, settings.window_reserve)

@@ -20,6 +20,7 @@ from google.genai import errors, types
 from polar_mitm.conformance import byte_tokens
 from polar_mitm.conformance.scripted_engine import ScriptedEngine
 from polar_mitm.conformance.scripts import Answer, always
+from polar_mitm.upstream.engine import EngineInfo
 from tests.addons.test_sdks import SHELL, claude, gpt
 from tests.support.rig import MESSAGES, RESPONSES, Box, Rig, ask, rig, trusting
 
@@ -232,6 +233,30 @@ async def test_no_engine_at_all() -> None:
             with pytest.raises(anthropic.APIStatusError) as refused:
                 await client.messages.count_tokens(model="m", messages=TALK)
             assert refused.value.status_code == 529
+
+
+# --- as usage is told -----------------------------------------------------------------------------------
+
+
+async def test_counts_and_windows_are_told_as_usage_is() -> None:
+    """What Claude Code believes in is larger than the engine's window: all is told as a share of that."""
+    agent = {"user-agent": "claude-cli/2.1.328 (external, sdk-cli)"}
+    asked: Any = {"model": "claude-opus-5-5", "messages": TALK, "tools": TOOLS}
+    running = Running()
+    async with running.engine as engine:
+        info = EngineInfo(engine.url, "scripted", max_model_len=10_000)
+        told = {}
+        for usage in ("scaled", "engine"):
+            async with rig(engine.url, engine=info, usage=usage) as r:
+                box = await r.box()
+                async with claude(box, default_headers=agent) as client:
+                    counted = await client.messages.count_tokens(**asked)
+                    model = await client.models.retrieve("claude-opus-5-5")
+                    answer = await client.messages.create(**asked, max_tokens=100)
+                assert answer.usage.input_tokens == counted.input_tokens
+                told[usage] = (counted.input_tokens, model.max_input_tokens)
+        assert told["engine"][1] == 10_000
+        assert told["scaled"][1] == 1_000_000 and told["scaled"][0] > 100 * told["engine"][0]
 
 
 # --- models ---------------------------------------------------------------------------------------------
