@@ -267,7 +267,7 @@ SCENARIOS: dict[str, Scenario] = {
                 f"the CA by {' and '.join(ways) or 'nothing'}",
                 _plain,
                 trust=ways,
-                timeout_s=40,
+                timeout_s=60,
             )
             for name, ways in _TRUST.items()
         ),

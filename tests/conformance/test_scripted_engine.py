@@ -212,6 +212,38 @@ async def test_given_prompt_ids_replace_the_rendered_prompt() -> None:
     assert events[0]["prompt_token_ids"] == [17, 18]
 
 
+async def test_several_answers_by_index_streamed_and_whole() -> None:
+    answer = Answer(text="one", others=[Answer(text="two", tool_calls=[("Bash", "{}")])])
+    async with ScriptedEngine(always(answer)) as engine:
+        client = openai.AsyncOpenAI(base_url=f"{engine.url}/v1", api_key="x")
+        events = await chat(engine.url, n=3, **ASK)
+        whole = await client.chat.completions.create(
+            model="scripted", messages=[{"role": "user", "content": "go"}], n=3, logprobs=True, top_logprobs=3
+        )
+        call = engine.calls[0]
+    said = ["", "", ""]
+    for choice in (c for event in events[:-1] for c in event["choices"]):
+        said[choice["index"]] += choice["delta"].get("content") or ""
+    assert said == [choice.message.content for choice in whole.choices] == ["one", "two", "one"]
+    assert [choice.finish_reason for choice in whole.choices] == ["stop", "tool_calls", "stop"]
+    assert [event.get("prompt_token_ids") for event in events[:3]] == [call.prompt_token_ids] * 3
+    sent = sum(map(len, [call.completion_token_ids, *call.other_token_ids]))
+    assert events[-2]["usage"]["completion_tokens"] == sent == whole.usage.completion_tokens  # type: ignore[union-attr]
+    for place in whole.choices[1].logprobs.content:  # type: ignore[union-attr]
+        assert place.top_logprobs[0].token == place.token and len(place.top_logprobs) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"n": 0}, "at least 1"), ({"n": 2, "temperature": 0}, "greedy"), ({"top_logprobs": 21}, "max allowed")],
+)
+async def test_what_vllm_refuses(fields: dict[str, Any], words: str) -> None:
+    async with ScriptedEngine() as engine, aiohttp.ClientSession() as session:
+        body = {"messages": USER, **fields}
+        async with session.post(f"{engine.url}/v1/chat/completions", json=body) as answer:
+            assert answer.status == 400 and words in (await answer.json())["error"]["message"]
+
+
 async def test_side_endpoints() -> None:
     async with ScriptedEngine() as engine, aiohttp.ClientSession() as session:
         async with session.get(f"{engine.url}/v1/models") as answer:

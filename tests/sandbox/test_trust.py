@@ -54,3 +54,29 @@ def test_the_bundle_keeps_the_system_certificates() -> None:
     ours = b"-----BEGIN CERTIFICATE-----\nours\n"
     assert trust.bundle(ours).endswith(ours)
     assert trust.bundle(ours).count(b"BEGIN CERTIFICATE") > 1
+
+
+@pytest.mark.parametrize(
+    ("ways", "trusting"),
+    [
+        ([], set()),
+        (["system"], {"store"}),
+        (["CURL_CA_BUNDLE"], {"variables"}),
+        (["system", "CURL_CA_BUNDLE"], {"store", "variables"}),
+        (None, {"store", "variables"}),
+    ],
+)
+def test_one_way_of_trusting_at_a_time(user: User, ways: list[str] | None, trusting: set[str]) -> None:
+    """curl goes by the store where no variable says otherwise, and by a variable alone where one does."""
+    script = (
+        f"env -i PATH=$PATH curl -sS {URL} >/dev/null && echo store\n"
+        f'[ -n "$CURL_CA_BUNDLE" ] && env -u SSL_CERT_FILE curl -sS {URL} >/dev/null && echo variables\ntrue'
+    )
+    out = user.shell(script, who="w", certificate=str(user.certificate), trust=ways)
+    assert set(out.stdout.split()) == trusting, out
+
+
+def test_only_the_ways_that_were_asked_for_are_in_the_environment() -> None:
+    assert trust.environment(["system"]) == {}
+    assert trust.environment(["NODE_EXTRA_CA_CERTS", "system"]) == {"NODE_EXTRA_CA_CERTS": trust.CA_PATH}
+    assert len(trust.environment()) > 5
