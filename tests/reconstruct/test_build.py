@@ -183,3 +183,34 @@ def test_a_call_that_is_too_long_alone_is_masked_and_what_follows_still_trains()
     assert report.masked == {"overlong": 2} and report.trained == 2
     assert reasons(trajectories)["c", "b"] == "overlong" and trajectories[2].num_context == 9
     assert checked([a, long, c], max_tokens=4, builder="per-request")[1].masked == {"overlong": 3}
+
+
+# --- several answers to one request; grammars ----------------------------------------------------------
+
+
+def test_several_answers_to_one_request_are_alive_until_one_goes_on() -> None:
+    first = call("a", SYSTEM, [10, 11])
+    others = [replace(first, call_id=f"a{n}", completion_token_ids=[20 + n, 9]) for n in (1, 2)]
+    for each in others:
+        each.notes = ["answer_of:a"]
+    trajectories, report = checked([first, *others])
+    assert report.trained == 6 and len(trajectories) == 3
+    then = follow("c", others[1], [4], [12], parent_call_id="a2")
+    trajectories, report = checked([first, *others, then])
+    assert trained_in(trajectories) == {"a2": ["c"], "c": ["c"]} and report.masked == {"orphan": 4}
+    assert checked([first, *others, then], include_orphans=True)[1].trained == 7
+
+
+def test_what_a_grammar_shaped_trains_only_where_asked_for() -> None:
+    a = call("a", SYSTEM, [10, 11])
+    b = follow("b", a, [4], [12, 13], notes=["withheld:web_search", "guided:json_schema"])
+    c = follow("c", b, [5], [14], notes=["unguided:json_schema"])
+    trajectories, report = checked([a, b, c])
+    assert reasons(trajectories) == {("c", "b"): "guided"} and report.masked == {"guided": 2}
+    (one,) = trajectories
+    assert one.loss_mask.tolist() == [0, 0, 0, 1, 1, 0, 0, 0, 0, 1]
+    assert checked([a, b, c], include_guided=True)[1].trained == 5
+    for builder in ("per-request", "polar-splice"):
+        assert build([a, b, c], builder=builder)[1].masked["guided"] == 2  # type: ignore[arg-type]
+    auxiliary = replace(b, role="auxiliary")
+    assert checked([a, auxiliary], include_auxiliary=True)[1].masked == {"guided": 2}

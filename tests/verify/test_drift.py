@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as arrays
 
 from polar_mitm.types import ModelCall, Sampling
 from polar_mitm.verify import Drift, Unscorable
+from polar_mitm.verify.records import sampled
 from tests.reconstruct.calls import call, follow
 from tests.verify.paths import WEIGHTS, Table, conversation, recorded, verified
 
@@ -153,6 +154,13 @@ async def test_what_was_sampled_under_a_grammar_is_named(body: bytes, reason: st
     report = await verified(calls, scorer=recorded(calls), weights=WEIGHTS)
     assert report.unscored == ({reason: 4} if reason else {})
     assert bool(report.calls) is (reason is None)
+
+
+def test_a_grammar_is_known_without_the_body() -> None:
+    guided, free = (
+        call("a", [1], [2], notes=[note]) for note in ("guided:json_schema", "unguided:json_schema")
+    )
+    assert sampled(guided).constrained and not sampled(free).constrained
 
 
 async def test_masked_calls_are_not_scored() -> None:
