@@ -56,7 +56,7 @@ def row_of(harness: str, version: str, scenario: Scenario, ran: Ran) -> Row:
     row = Row(harness, version, scenario.name, outcome, reasons)
     row.trust = None if scenario.trust is None else list(scenario.trust)
     row.exit_code, row.seconds, row.calls = ran.exit_code, round(ran.seconds, 1), len(ran.calls)
-    row.statuses = _counted(call.status for call in ran.calls)
+    row.statuses = _counted("prewarm" if "prewarm" in call.notes else call.status for call in ran.calls)
     row.roles = _counted(call.role for call in ran.calls)
     row.dialects = sorted({call.dialect for call in ran.calls})
     row.transports = sorted({transport(call) for call in ran.calls})

@@ -21,6 +21,7 @@ def call(seq: int = 0, **fields: Any) -> ModelCall:
         "stream": True,
     }
     given |= {"completion_token_ids": [1, 2], "behaviour_logprobs": [-0.1, -0.2], "wire": wire()}
+    given["upstream_body"] = b"{}"
     return ModelCall(
         f"c{seq}", "r", seq, "anthropic", "POST /v1/messages", **{"status": "ok", **given, **fields}
     )
@@ -144,6 +145,13 @@ def test_transport_and_compression_are_read_off_the_wire(
 ) -> None:
     row = judged(calls=[made])
     assert (row.transports, row.compression) == ([transport], [compression])
+
+
+def test_a_prewarm_has_no_tokens_to_lack() -> None:
+    nothing = {"completion_token_ids": [], "behaviour_logprobs": []}
+    prewarm = call(role="auxiliary", notes=["prewarm"], upstream_body=b"", **nothing)
+    row = judged(calls=[prewarm, call(1)])
+    assert (row.outcome, row.statuses) == ("pass", {"ok": 1, "prewarm": 1})
 
 
 def test_prefixes_that_were_not_kept_are_counted_with_their_reason() -> None:
