@@ -36,7 +36,7 @@ ERRORS: dict[ErrorKind, tuple[int, str]] = {
 # The service's own words, by which harnesses recognise what to do about it.
 _WORDS: dict[ErrorKind, str] = {
     "too_large": "Request payload size exceeds the limit",
-    "context_overflow": "The input token count exceeds the maximum number of tokens allowed",
+    "context_overflow": "exceeds the maximum number of tokens allowed",
     "overloaded": "The model is overloaded. Please try again later",
     "upstream": "An internal error has occurred",
     "internal": "An internal error has occurred",
@@ -51,8 +51,9 @@ def error_body(error: PolarError) -> bytes:
     """The body of an error answer, and what a stream says in the place of its next chunk."""
     status, name = ERRORS[error.kind]
     message, words = error.message, _WORDS.get(error.kind, "")
-    if words and not message.startswith(words):
-        message = f"{words}: {message}"
+    if words not in message:
+        head = f"The input token count {words}" if error.kind == "context_overflow" else words
+        message = f"{head}: {message}"
     body: _Wire = {"code": status, "message": message, "status": name}
     if error.retry_after_s is not None:
         body["details"] = [{"@type": _RETRY_INFO, "retryDelay": f"{error.retry_after_s}s"}]
