@@ -1,0 +1,114 @@
+"""The WebSocket's bytes: however they are cut, and whatever they are, between mitmproxy and the messages."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mitmproxy import http
+from wsproto.connection import Connection, ConnectionType
+from wsproto.events import BytesMessage, CloseConnection, Ping, Pong, TextMessage
+from wsproto.extensions import PerMessageDeflate
+
+from polar_mitm_addons.websocket import Socket
+from tests.support.engine_bytes import split
+
+FLOW = cast(http.HTTPFlow, SimpleNamespace(client_conn=SimpleNamespace(id="c"), live=True))
+LIMIT = 1_000
+
+
+def pair(compressed: bool) -> tuple[Connection, Socket]:
+    """A client, and the server's side of it."""
+    offers = [PerMessageDeflate() for _ in range(2)] if compressed else []
+    for offer in offers:
+        offer.finalize("permessage-deflate")
+    socket = Socket(FLOW, offers[1] if offers else None, LIMIT)
+    return Connection(ConnectionType.CLIENT, list(offers[:1])), socket
+
+
+async def waiting(socket: Socket) -> list[bytes]:
+    """The messages that have come."""
+    found = []
+    while not socket.closed:
+        try:
+            message = await asyncio.wait_for(socket.next(), 0.001)
+        except TimeoutError:
+            break
+        assert message is not None
+        found.append(message)
+    return found
+
+
+@given(
+    texts=st.lists(st.text(max_size=60), max_size=4),
+    cuts=st.lists(st.integers(0, 1000), max_size=6),
+    compressed=st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_any_split_gives_the_same_messages(texts: list[str], cuts: list[int], compressed: bool) -> None:
+    async def run() -> None:
+        client, socket = pair(compressed)
+        sent = b""
+        for number, text in enumerate(texts):
+            half = len(text) // 2
+            sent += client.send(TextMessage(text[:half], message_finished=False))
+            sent += client.send(Ping(b"%d" % number))  # control frames may come in between
+            sent += client.send(TextMessage(text[half:]))
+        for piece in split(sent, cuts):
+            client.receive_data(socket.received(piece))
+        pongs = [event.payload for event in client.events() if isinstance(event, Pong)]
+        assert pongs == [b"%d" % number for number in range(len(texts))]
+        assert await waiting(socket) == [text.encode() for text in texts]
+
+    asyncio.run(run())
+
+
+@given(data=st.binary(max_size=200), cuts=st.lists(st.integers(0, 200), max_size=4), compressed=st.booleans())
+@settings(deadline=None, max_examples=150)
+def test_garbage_closes_and_never_raises(data: bytes, cuts: list[int], compressed: bool) -> None:
+    async def run() -> None:
+        client, socket = pair(compressed)
+        good = client.send(TextMessage("good"))
+        socket.received(good)
+        for piece in split(data, cuts):
+            socket.received(piece)
+        assert socket.closed or (await waiting(socket))[:1] == [b"good"]
+
+    asyncio.run(run())
+
+
+async def test_a_bomb_is_not_swallowed() -> None:
+    client, socket = pair(compressed=True)
+    bomb = client.send(BytesMessage(b"0" * 50_000_000))
+    assert len(bomb) < 100_000
+    answered = b"".join(socket.received(piece) for piece in split(bomb, list(range(0, 100_000, 4096))))
+    client.receive_data(answered)
+    (close,) = client.events()
+    assert isinstance(close, CloseConnection) and close.code == 1009
+    assert await waiting(socket) == []
+
+
+async def test_what_waits_has_a_limit_too() -> None:
+    client, socket = pair(compressed=False)
+    out = b"".join(socket.received(client.send(TextMessage("x" * 300))) for _ in range(4))
+    client.receive_data(out)
+    assert [event.code for event in client.events() if isinstance(event, CloseConnection)] == [1009]
+    assert await waiting(socket) == []
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+async def test_a_close_is_answered_and_ends_what_is_under_way(cancelled: bool) -> None:
+    client, socket = pair(compressed=False)
+    left: list[Any] = []
+    if cancelled:
+        socket.current = cast(Any, SimpleNamespace(cancel=lambda: left.append(True)))
+    client.receive_data(socket.received(client.send(CloseConnection(1000, "bye"))))
+    (echo,) = client.events()
+    assert isinstance(echo, CloseConnection) and echo.code == 1000 and socket.closed
+    socket.gone()
+    assert left == [True] * cancelled and await socket.next() is None
+    assert not await socket.send(b'{"too":"late"}\n')
