@@ -1,4 +1,4 @@
-"""What the Gemini dialect answers: streams in both forms, whole answers, errors. The official SDK reads it."""
+"""What the Gemini dialect answers: both forms of a stream, whole answers, errors. The SDK reads it."""
 
 from __future__ import annotations
 
@@ -169,6 +169,7 @@ def test_the_sdk_calls_functions_of_its_own() -> None:
         """Adds."""
         return a + b
 
+    add.__annotations__ = {"a": int, "b": int, "return": int}  # the SDK looks for types, not their names
     seen: list[ChatRequest] = []
 
     def respond(request: ChatRequest) -> Reply:
