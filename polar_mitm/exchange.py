@@ -149,7 +149,7 @@ class Exchange:
         try:
             body = self._responses.whole(self._dialect.name, wire.request_body)
             request = self._dialect.decode(body, headers, wire.path)
-            who = caller(self._dialect.name, headers, request)
+            who = caller(headers, request)
             call.role, call.agent_id = who.role, who.agent_id
             call.sampling_requested = request.sampling
             call.sampling = self._decide(request.sampling)
@@ -268,7 +268,7 @@ class Exchange:
 
     def open(self) -> dict[str, str]:
         """Headers of the streaming 200, which is now released: from here on errors are stream events."""
-        headers = self._dialect.stream_headers(self.call.call_id)
+        headers = self._dialect.stream_headers(self.call.call_id, self._request)
         self._head(200, headers)
         return headers
 

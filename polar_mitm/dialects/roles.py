@@ -16,9 +16,7 @@ HOSTED = frozenset(
     {
         *("web_search", "web_search_preview", "web_fetch", "code_execution", "code_interpreter"),
         *("file_search", "image_generation"),
-        *("googleSearch", "googleSearchRetrieval", "codeExecution", "urlContext", "googleMaps"),
-        *("google_search", "google_search_retrieval", "url_context", "google_maps"),
-        *("enterpriseWebSearch", "fileSearch", "enterprise_web_search"),
+        *("google_search", "google_search_retrieval", "enterprise_web_search", "url_context", "google_maps"),
     }
 )
 """Tools that the provider's own machines run, by the names and types under which calls note them."""
@@ -128,7 +126,7 @@ AGENT_HEADERS: tuple[AgentHeader, ...] = (
 _MAX_ID = 200  # characters; a header may hold anything
 
 
-def caller(dialect: str, headers: Mapping[str, str], request: ChatRequest) -> Caller:
+def caller(headers: Mapping[str, str], request: ChatRequest) -> Caller:
     """Who makes a call. What a harness that is not known asks counts as main.
 
     A sub-agent's compactions and side calls keep its id, where the harness says it there too.

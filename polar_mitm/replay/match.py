@@ -113,7 +113,7 @@ def asked(dialect: str, wire: Wire, responses: Responses) -> Asked:
     except PolarError:
         return Asked(dialect, wire.method, _path(wire), "main", "", False, frozenset())
     echoed = {call_id_of(each) for message in request.messages for each in message.minted_ids} - {None}
-    role = caller(dialect, headers, request).role
+    role = caller(headers, request).role
     return Asked(
         dialect,
         wire.method,

@@ -490,7 +490,7 @@ def fixture(name: str) -> tuple[ChatRequest, str]:
     recorded = json.loads((FIXTURES / f"{name}.json").read_text())
     body = json.dumps(recorded["body"], ensure_ascii=False).encode()
     request = dialect.decode(body, recorded["headers"], "/v1/messages")
-    return request, caller(dialect.name, recorded["headers"], request).role
+    return request, caller(recorded["headers"], request).role
 
 
 def test_claude_code() -> None:
@@ -552,7 +552,7 @@ def test_opencode_title() -> None:
     ],
 )
 def test_role(headers: dict[str, str], role: str) -> None:
-    assert caller(dialect.name, headers, decode()).role == role
+    assert caller(headers, decode()).role == role
 
 
 PI = {"User-Agent": "pi (linux 6.1.0; x64)"}
@@ -579,4 +579,4 @@ TOOLS = {"tools": [{"name": "bash", "input_schema": {"type": "object"}}]}
     ],
 )
 def test_role_of_those_who_do_not_say(headers: dict[str, str], fields: dict[str, Any], role: str) -> None:
-    assert caller(dialect.name, headers, decode(**fields)).role == role
+    assert caller(headers, decode(**fields)).role == role

@@ -27,7 +27,7 @@ def who(
     }
     headers = {"user-agent": agent}
     request = DIALECTS["openai_chat"].decode(json.dumps(body).encode(), headers, "/v1/chat/completions")
-    return caller("openai_chat", headers, request)
+    return caller(headers, request)
 
 
 @pytest.mark.parametrize(

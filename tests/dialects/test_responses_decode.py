@@ -128,7 +128,7 @@ def test_compaction_trigger_asks_for_a_summary_without_tools():
     assert request.messages[-1].role == "user" and "Summarise the conversation" in request.messages[-1].text
     assert request.tool_choice == ToolChoice("none")
     assert request.tools, "the tools stay: they are the head of the prompt"
-    assert caller(DIALECT.name, {}, request).role == "compaction"
+    assert caller({}, request).role == "compaction"
 
 
 def test_volatile_fields_change_nothing():
@@ -451,7 +451,7 @@ def test_sampling_schema_and_reasoning():
     ],
 )
 def test_role_is_read_from_codex_headers(headers: dict[str, str], role: str):
-    assert caller(DIALECT.name, headers, ask(user("go"))).role == role
+    assert caller(headers, ask(user("go"))).role == role
 
 
 # --- refusals -------------------------------------------------------------------------------------------
