@@ -202,6 +202,24 @@ def test_a_broken_engine_fails_all_and_keeps_what_each_had(stream: bool, how: st
     assert not any(c.delivered for c in calls)
 
 
+@given(
+    at=st.integers(0, 100_000), cut=st.integers(0, 300), fault=st.binary(max_size=20), stream=st.booleans()
+)
+def test_whatever_an_engine_sends_each_answer_has_a_record(
+    at: int, cut: int, fault: bytes, stream: bool
+) -> None:
+    data = b"".join(events(MANY, n=3))
+    at %= len(data)
+    exchange = begun(stream=stream)
+    exchange.feed(data[:at] + fault + data[at + cut :])
+    exchange.finish()
+    calls = exchange.records(delivered=True)
+    assert [c.call_id for c in calls] == IDS and len({c.status for c in calls}) == 1
+    assert exchange.ended and calls[0].status in ("ok", "failed")
+    if calls[0].status == "ok":
+        assert all(c.answer is not None and c.finish_reason for c in calls)
+
+
 # --- usage ----------------------------------------------------------------------------------------------
 
 

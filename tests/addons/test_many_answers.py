@@ -27,7 +27,8 @@ from tests.support.rig import Box, rig, settled, until
 
 CHAT = "https://api.openai.com/v1/chat/completions"
 ODD = '{"command":"ls",   "timeout" : 3}'  # as no template writes it: rendered, it has other ids
-TOOL = {"type": "function", "function": {"name": "Bash", "parameters": {"type": "object"}}}
+ANY = {"type": "object", "properties": {}, "additionalProperties": False}
+TOOL = {"type": "function", "function": {"name": "Bash", "parameters": ANY, "strict": True}}
 MANY = Answer(
     text="one",
     tokens_per_chunk=2,
