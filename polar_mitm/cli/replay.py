@@ -23,7 +23,7 @@ from polar_mitm.cli.rollout import Job, Outcome, run_rollout
 from polar_mitm.cli.run import install, job_of, pairs, workspace
 from polar_mitm.cli.settings import ConfigOption, settings_from
 from polar_mitm.config import Settings
-from polar_mitm.dialects.routes import ERROR_DIALECT
+from polar_mitm.dialects.routes import PROVIDER_OF
 from polar_mitm.replay import Replay
 from polar_mitm.types import ModelCall, Rollout
 from polar_mitm.upstream.engine import EngineInfo
@@ -37,7 +37,6 @@ _MIN_TIMEOUT_S = 60.0
 _LATER = 3.0
 """A replay may take this many times as long as what it replays before it counts as stuck."""
 _FORK = ("call_id", "parent_call_id", "continuation", "fallback", "edits")
-_PROVIDERS = {dialect: provider for provider, dialect in ERROR_DIALECT.items()}
 
 
 def replay(
@@ -107,7 +106,7 @@ def replay(
     job.never_visible = [store, *([out] if out else [])]
     job.stdout = sys.stderr.fileno()
     settings = settings_from(config)
-    seen = {call.wire.host: _PROVIDERS[call.dialect] for call in calls if call.wire.host}
+    seen = {call.wire.host: PROVIDER_OF[call.dialect] for call in calls if call.wire.host}
     settings = settings.model_copy(update={"hosts": {**seen, **job.hosts, **settings.hosts}})
     info = EngineInfo("", recorded.model)
     if fork_at is not None:

@@ -51,6 +51,9 @@ _MODEL = [
     ),
 ]
 
+PROVIDER_OF: dict[str, str] = {dialect: provider for provider, _, _, dialect in _MODEL}
+"""Whose API a dialect is."""
+
 _WEBSOCKET = [("openai", r"/v1/responses|/backend-api/codex/responses")]
 
 

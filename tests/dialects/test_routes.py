@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from polar_mitm.dialects.registry import DIALECTS
-from polar_mitm.dialects.routes import ERROR_DIALECT, HOSTS, SIDE_HOSTS, Route, owner, route
+from polar_mitm.dialects.routes import ERROR_DIALECT, HOSTS, PROVIDER_OF, SIDE_HOSTS, Route, owner, route
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,7 @@ def test_side_endpoints(provider: str, method: str, path: str, name: str, groups
 def test_every_provider_has_an_error_shape() -> None:
     assert set(HOSTS.values()) == set(ERROR_DIALECT)
     assert set(ERROR_DIALECT.values()) <= set(DIALECTS)
+    assert set(PROVIDER_OF) == set(DIALECTS) and set(PROVIDER_OF.values()) == set(ERROR_DIALECT)
 
 
 def test_hosts_are_denied_by_default() -> None:
