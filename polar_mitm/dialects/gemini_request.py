@@ -59,7 +59,8 @@ def decode(body: bytes, path: str) -> ChatRequest:
         raise PolarError("bad_request", "cachedContent: nothing is cached here; send the contents instead")
     notes: dict[str, None] = {}
     stream = method["method"] == "streamGenerateContent"
-    if stream and parse_qs(query.replace("$alt", "alt")).get("alt", [""])[-1] != "sse":
+    asked_for = parse_qs(query)
+    if stream and "sse" not in asked_for.get("alt", asked_for.get("$alt", ())):
         notes[JSON_ARRAY] = None
     history = _History(notes)
     history.system(asked.system_instruction)
