@@ -89,6 +89,8 @@ def conformance(
     scenarios = _scenarios(scenario or [], fast)
     if markdown_file is not None and not markdown_file.absolute().parent.is_dir():
         fail(f"--markdown: there is no directory {markdown_file.absolute().parent}")
+    if out is not None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        fail(f"--out takes a new or empty directory, and {out} is none")
     check_sandbox()
     folder = (out or Path(tempfile.mkdtemp(prefix="polar-mitm-conformance-"))).absolute()
     matrix = Matrix()

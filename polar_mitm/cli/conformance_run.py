@@ -41,11 +41,12 @@ async def run_scenario(recipe: Recipe, scenario: Scenario, folder: Path) -> Row:
     Raises:
         SetupError: it cannot be installed, or no sandbox can be made.
     """
+    workspace = folder / WORKSPACE
+    workspace.mkdir(parents=True)
     if len(scenario.prompts) > 1 and not recipe.resume_argv:
         why = "its recipe does not say how a conversation is resumed ([run] resume_argv)"
         return Row(recipe.name, recipe.version, scenario.name, "n/a", [why])
-    store, workspace = folder / STORE, folder / WORKSPACE
-    workspace.mkdir(parents=True)
+    store = folder / STORE
     for name, content in scenario.files.items():
         (workspace / name).write_bytes(content)
     job, play = _job(recipe, scenario), scenario.play()
