@@ -131,7 +131,8 @@ async def test_a_response_that_is_referred_to_counts() -> None:
 
 async def test_gemini_counts_as_the_call_would_be() -> None:
     async with Running() as (box, r):
-        counted = await gemini(box).aio.models.count_tokens(model="gemini-x", contents=PROMPT)
+        client = gemini(box)  # one that nobody holds closes its connections
+        counted = await client.aio.models.count_tokens(model="gemini-x", contents=PROMPT)
         contents = [{"role": "user", "parts": [{"text": PROMPT}]}]
         whole = {
             "model": "models/gemini-x",
@@ -287,11 +288,11 @@ async def test_openai_lists_the_engines_model() -> None:
 async def test_gemini_lists_the_engines_model() -> None:
     async with rig(NOBODY) as r:
         box = await r.box()
-        client = gemini(box).aio
-        (listed,) = [model async for model in await client.models.list(config={"page_size": 5})]
+        client = gemini(box)
+        (listed,) = [model async for model in await client.aio.models.list(config={"page_size": 5})]
         assert (listed.name, listed.input_token_limit) == ("models/scripted", 1 << 20)
         assert listed.supported_actions == ["generateContent", "countTokens"]
-        one = await client.models.get(model="gemini-x")
+        one = await client.aio.models.get(model="gemini-x")
         assert one.name == "models/gemini-x"
 
 
@@ -304,8 +305,9 @@ async def test_embeddings_are_refused_in_words() -> None:
         async with gpt(box) as client:
             with pytest.raises(openai.NotFoundError, match="embeddings are not served"):
                 await client.embeddings.create(model="text-embedding-3-small", input="x")
+        google = gemini(box)
         with pytest.raises(errors.ClientError, match="embeddings are not served") as refused:
-            await gemini(box).aio.models.embed_content(model="gemini-embedding-001", contents="x")
+            await google.aio.models.embed_content(model="gemini-embedding-001", contents="x")
         assert refused.value.code == 404
         assert [event.verdict for event in r.recorder.events] == ["refused"] * 2
 
