@@ -1,1 +1,1 @@
-"""Whether a harness works here: a scripted engine, scenarios for it, and what came of each (README.md)."""
+"""Whether a harness works here: a scripted engine, scenarios for it, and what came of each (../README.md)."""
