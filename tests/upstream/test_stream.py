@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_mitm.conformance.scripts import Answer
-from polar_mitm.errors import PolarError
+from polar_mitm.errors import Overflow, PolarError
 from polar_mitm.types import Delta, ToolCallDelta, Usage
 from polar_mitm.upstream.vllm import ChatStream, rejection
 from tests.support.engine_bytes import PROMPT_IDS, events, sampled, split
@@ -196,3 +196,49 @@ def test_what_a_refusal_means_to_the_harness(status: int, body: bytes, kind: str
         raise error
     assert error.retry_after_s == (7 if kind == "overloaded" else None)
     assert len(error.message) < 600
+
+
+WINDOW = "This model's maximum context length is 4096 tokens"
+
+
+@pytest.mark.parametrize(
+    ("words", "numbers"),
+    [
+        (f"{WINDOW}. However, your prompt contains at least 4097 input tokens, which", Overflow(4097, 4096)),
+        (f"{WINDOW}. However, your request has 5000 input tokens. Please", Overflow(5000, 4096)),
+        (
+            "You passed 4097 input tokens and requested 1 output tokens. However, the model's context length "
+            "is only 4096 tokens, resulting in a maximum input length of 4095 tokens.",
+            Overflow(4097, 4096),
+        ),
+        ("Input length (5000) exceeds model's maximum context length (4096).", Overflow(5000, 4096)),
+        (
+            "The decoder prompt (length 5000) is longer than the maximum model length of 4096. Make sure",
+            Overflow(5000, 4096),
+        ),
+        (
+            "The decoder prompt (length 4096) plus the number of requested output tokens (at least 1) is "
+            "longer than the maximum model length of 4096.",
+            Overflow(4096, 4096),
+        ),
+        (
+            f"'max_tokens' or 'max_completion_tokens' is too large: 4000. {WINDOW} and your request has 1000 "
+            "input tokens (4000 > 4096 - 1000).",
+            Overflow(1000, 4096),
+        ),
+        (
+            f"{WINDOW}. However, you requested 5000 tokens (1000 in the messages, 4000 in the completion).",
+            Overflow(1000, 4096),
+        ),
+        (
+            f"{WINDOW}. However, your prompt contains 90000 characters (more than 65536 characters, which is "
+            "the upper bound for 4096 input tokens).",
+            None,  # nobody has counted
+        ),
+        (f"{WINDOW}.", None),
+    ],
+)
+def test_an_overflow_names_its_numbers(words: str, numbers: Overflow | None) -> None:
+    """The words of several versions of vLLM."""
+    error = rejection(400, vllm_error(words), 5)
+    assert (error.kind, error.overflow) == ("context_overflow", numbers)
