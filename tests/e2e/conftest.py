@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import pytest
 
 from polar_mitm import engine
 from polar_mitm.cache import default_cache
+from polar_mitm.dialects.responses_socket import PREWARM
+from polar_mitm.types import ModelCall
 from polar_mitm_sandbox import recipes
 from polar_mitm_sandbox.install import ensure_harness
 from tests.support.record_fixtures import POLAR_MITM
@@ -129,6 +131,11 @@ def vllm() -> Iterator[engine.EngineState]:
     yield state
     if running is None:
         engine.down()
+
+
+def sampled(calls: Iterable[ModelCall]) -> list[ModelCall]:
+    """The calls that the engine was asked: Codex also warms up its connection, which is recorded."""
+    return [call for call in calls if PREWARM not in call.notes]
 
 
 async def until(condition: Callable[[], Any], what: str, *meanwhile: Started) -> None:

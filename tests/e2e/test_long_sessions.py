@@ -11,7 +11,7 @@ from polar_mitm import engine
 from polar_mitm.reconstruct import build
 from polar_mitm.store import open_reader
 from polar_mitm.types import ModelCall
-from tests.e2e.conftest import Cli
+from tests.e2e.conftest import Cli, sampled
 from tests.e2e.engines import HarnessEngine
 from tests.e2e.sessions import (
     HARNESSES,
@@ -84,7 +84,7 @@ async def check(cli: Cli, store: Path, num_calls: int = NUM_CALLS) -> list[Model
     """One thread, continued call by call; every token accounted for, in the context it was sampled in."""
     with open_reader(store) as reader:
         (rollout,) = reader.rollouts()
-        calls = reader.calls()
+        calls = sampled(reader.calls())
     assert (rollout.status, rollout.incomplete) == ("completed", None)
     assert all(call.status == "ok" and call.delivered for call in calls)
     thread = [call for call in calls if call.role == "main"]

@@ -14,7 +14,7 @@ import pytest
 
 from polar_mitm.reconstruct import build
 from polar_mitm.store import open_reader
-from tests.e2e.conftest import POLAR_MITM, Cli
+from tests.e2e.conftest import POLAR_MITM, Cli, sampled
 from tests.e2e.engines import LAST_WORDS, HarnessEngine, text_of
 from tests.support.record_fixtures import HARNESSES
 
@@ -33,7 +33,7 @@ async def test_harness_writes_a_file(name: str, cli: Cli, tmp_path: Path) -> Non
     assert done.code == 0, done.err
     assert (task / "hello.txt").read_text() == "hi"
     with open_reader(store) as reader:
-        calls = reader.calls()
+        calls = sampled(reader.calls(wire=True))
         (rollout,) = reader.rollouts()
         events = reader.egress()
     assert (rollout.status, rollout.incomplete, rollout.exit_code) == ("completed", None, 0)
@@ -44,9 +44,10 @@ async def test_harness_writes_a_file(name: str, cli: Cli, tmp_path: Path) -> Non
     thread = [call for call in calls if call.role == "main"]
     assert len(thread) == 2
     assert [c.role for c in calls if c not in thread] == (["auxiliary"] if name == "opencode" else [])
-    sampled = {tuple(c.prompt_token_ids): c.completion_token_ids for c in engine.asked}
-    assert {tuple(c.prompt_token_ids): c.completion_token_ids for c in calls} == sampled
-    assert len(sampled) == len(engine.asked) == len(calls)
+    asked = {tuple(c.prompt_token_ids): c.completion_token_ids for c in engine.asked}
+    assert {tuple(c.prompt_token_ids): c.completion_token_ids for c in calls} == asked
+    assert len(asked) == len(engine.asked) == len(calls)
+    assert {c.wire.method for c in calls} == {"WS" if name.startswith("codex") else "POST"}
     assert all(len(c.behaviour_logprobs) == len(c.completion_token_ids) for c in calls)
 
     # What it printed is what was sampled; opencode also prints what its tools said.
