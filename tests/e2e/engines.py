@@ -10,6 +10,7 @@ from aiohttp import web
 
 from polar_mitm.conformance import byte_tokens
 from polar_mitm.conformance.engine_wire import EngineCall
+from polar_mitm.conformance.plays import beside
 from polar_mitm.conformance.scripted_engine import ScriptedEngine
 from polar_mitm.conformance.scripts import Answer, Script, shell_call
 
@@ -19,7 +20,9 @@ LAST_WORDS = 'Done — “hello.txt” says hi.\n\nA second line with `code`, "q
 def writing(request: dict[str, Any], nth: int) -> Answer:
     """A harness writes `hello.txt`: a shell call first, the last words once a tool has answered."""
     call = shell_call(request, "printf %s hi > hello.txt")
-    if call and not told_by_tool(request):
+    if call is None:
+        return beside(request)
+    if not told_by_tool(request):
         return Answer(text="I will write the file.", reasoning="A small task.", tool_calls=(call,))
     return Answer(text=LAST_WORDS)
 

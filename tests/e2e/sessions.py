@@ -14,6 +14,7 @@ from aiohttp import web
 
 from polar_mitm.cache import default_cache
 from polar_mitm.conformance import byte_tokens
+from polar_mitm.conformance.plays import beside, num_answered
 from polar_mitm.conformance.scripts import Answer, shell_call
 from polar_mitm_sandbox import recipes
 from polar_mitm_sandbox.install import ensure_harness
@@ -35,10 +36,6 @@ def session(harness: str) -> list[str]:
     return ["sh", "-c", " && ".join(map(shlex.join, asked))]
 
 
-def num_answered(request: dict[str, Any]) -> int:
-    return sum(message["role"] == "assistant" for message in request["messages"])
-
-
 def is_last_word(nth: int) -> bool:
     """Whether answer number `nth` of the conversation ends what was asked, without a tool."""
     for num_turns in NUM_TOOL_TURNS:
@@ -54,7 +51,7 @@ def looking(request: dict[str, Any], nth: int) -> Answer:
     # Not the same again: Qwen Code takes that for a loop, and ends.
     call = shell_call(request, f"printf 'caf\u00e9 {nth}'")
     if is_probe(request) or call is None:
-        return Answer(text="Looking around")  # a title, say
+        return beside(request)  # a title, say
     if is_last_word(nth):
         return Answer(text=f" Nothing more ({nth}). \n", reasoning="All seen.\n" if nth % 2 else "")
     name, arguments = call
@@ -136,7 +133,7 @@ def delegating(request: dict[str, Any], nth: int) -> Answer:
     """Two sub-agents are given the very same task at once, and are answered alike."""
     call = shell_call(request, "echo seen")
     if is_probe(request) or call is None:
-        return Answer(text="Delegating")
+        return beside(request)
     turn = num_answered(request)
     if DELEGATE not in json.dumps([m for m in request["messages"] if m["role"] == "user"]):
         again = Answer(text=f"Quietly, {turn}.", tool_calls=(call,), chunk_delay_s=0.02)
@@ -166,7 +163,7 @@ def garbling(request: dict[str, Any], nth: int) -> Answer:
     """The second answer's tool call is not JSON, which Pi and opencode rewrite in their history."""
     call = shell_call(request, "echo ok")
     if is_probe(request) or call is None:
-        return Answer(text="Garbling")
+        return beside(request)
     turn = num_answered(request)
     if turn == 3:
         return Answer(text="Enough.")

@@ -30,7 +30,7 @@ import msgspec
 from polar_mitm.conformance import byte_tokens
 from polar_mitm.conformance.engine_wire import EngineCall
 from polar_mitm.conformance.scripted_engine import ScriptedEngine
-from polar_mitm.conformance.scripts import Answer, shell_call
+from polar_mitm.conformance.scripts import Answer, fitting, shell_call
 from polar_mitm.store import open_reader
 from polar_mitm.types import ModelCall
 from polar_mitm.upstream.engine import EngineInfo
@@ -48,6 +48,8 @@ HARNESSES = {
     "codex-lite": [*_CODEX, PROMPT],
     "pi": ["pi", "--print", PROMPT],
     "opencode": ["opencode", "run", PROMPT],
+    "qwen-code": ["qwen", "--auth-type", "openai", "--yolo", f"--prompt={PROMPT}"],
+    "gemini-cli": ["gemini", "--yolo", "--skip-trust", f"--prompt={PROMPT}"],
 }
 """What is run, by the name of the fixture's folder."""
 
@@ -66,6 +68,9 @@ class Teller:
 
     def __call__(self, request: dict[str, Any], nth: int) -> Answer:
         calls = [call for command in self._commands if (call := shell_call(request, command))]
+        if schema := (request.get("response_format") or {}).get("json_schema", {}).get("schema"):
+            self.said |= {(fits := json.dumps(fitting(schema))): None}
+            return Answer(fits)
         if not calls or any(message["role"] == "tool" for message in request["messages"]):
             return self._last
         for _, arguments in calls:
@@ -153,7 +158,9 @@ def record(harness: str, scenario: str, out: Path) -> None:
     regenerate(folder)
     for call, told in zip(calls, recorded.load(folder).calls, strict=True):
         same = scrub.names(call.wire.response_body.decode()).encode()
-        same = same.replace(b'"created_at":%d' % call.started_at, b'"created_at":%d' % recorded.STARTED_AT)
+        for key in (b"created", b"created_at"):
+            moments = (b'"%s":%d' % (key, at) for at in (call.started_at, recorded.STARTED_AT))
+            same = same.replace(*moments)
         assert same == told.replay().response, f"{folder}: scrubbing changed the answer to call {call.seq}"
 
 
