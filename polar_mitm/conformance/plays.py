@@ -220,7 +220,7 @@ class Compaction(Play):
             return None
         if self.num_summaries or num_answered(request) >= self._most_turns:
             return Answer(LAST_WORDS)
-        filler = "word " * 3000  # else there is nothing to leave out
+        filler = "word " * 24_000  # some keep what they count as the last 20,000 tokens, and sum up the rest
         fields: dict[str, Any] = {"num_prompt_tokens": self._num_tokens, "tokens_per_chunk": 1000}
         return Answer(f"I will do it. {filler}", tool_calls=[call], **fields)
 
