@@ -7,12 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from polar_mitm.dialects.registry import DIALECTS
 from polar_mitm.dialects.routes import HOSTS
 from polar_mitm.dialects.side_table import FOLDER, SIDE, Side, load
 
 ENTRIES = [(owner, side) for owner, sides in SIDE.items() for side in sides]
+DEEP = b'{"outer":' + b"[" * 100_000
 KNOWN = {"model": "m", "window": 100, "tokens": 7, "version": "/v1"}
 
 
@@ -64,12 +67,19 @@ def test_placeholders() -> None:
         (b'{"also": {"a":1}, "x": 2}', b'{"a":1}'),
         (b"{", b"{"),
         (b"[1]", b"[1]"),
+        (b'{"\xff": 1}', b'{"\xff": 1}'),
+        (DEEP, DEEP),
         (b"", b""),
     ],
 )
 def test_the_request_inside_a_count(body: bytes, inside: bytes) -> None:
     assert Side("x", "POST /x", inner=("outer", "also")).counted(body) == inside
     assert Side("x", "POST /x").counted(body) == body
+
+
+@given(st.binary() | st.binary().map(lambda inside: b'{"outer": ' + inside))
+def test_any_bytes_are_a_body(body: bytes) -> None:
+    assert Side("x", "POST /x", inner=("outer",)).counted(body) in body
 
 
 def test_a_path_of_the_call_that_is_counted() -> None:
