@@ -16,7 +16,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct, field
 
-from polar_mitm.dialects.gemini_request import JSON_ARRAY
+from polar_mitm.dialects.custom_tool import InputUnwrapper, unwrap
+from polar_mitm.dialects.gemini_request import ENUM, JSON_ARRAY
 from polar_mitm.dialects.ids import minted, seal, sibling
 from polar_mitm.dialects.tool_input import as_object
 from polar_mitm.errors import ErrorKind, PolarError
@@ -70,10 +71,11 @@ def whole(request: ChatRequest, completion: Completion, call_id: str) -> bytes:
             state.unsealed.append(message.reasoning)
             if request.show_reasoning:
                 parts.append({"text": message.reasoning, "thought": True})
-        if message.text:
-            parts.append(state.text_part(message.text))
+        text = unwrap(message.text) if ENUM in request.notes else message.text
+        if text:
+            parts.append(state.text_part(text))
         parts += state.call_parts(message.tool_calls)
-        if not message.text and not message.tool_calls:
+        if not text and not message.tool_calls:
             parts.append(state.text_part(""))
         state.shown, state.all_shown = done.shown_logprobs, done.shown_logprobs
         candidates.append(state.end(parts, done, request))
@@ -107,8 +109,9 @@ class GeminiStream:
             candidate.unsealed.append(delta.reasoning)
             if self._request.show_reasoning:
                 out = self._chunk(candidate, {"text": delta.reasoning, "thought": True})
-        if delta.text:  # a chunk of its own: Gemini CLI looks only at the first part to see thoughts
-            out += self._chunk(candidate, candidate.text_part(delta.text))
+        text = candidate.enum.feed(delta.text) if candidate.enum else delta.text
+        if text:  # a chunk of its own: some clients look only at the first part to see thoughts
+            out += self._chunk(candidate, candidate.text_part(text))
         return out
 
     def keepalive(self) -> bytes:
@@ -118,7 +121,8 @@ class GeminiStream:
         candidates = []
         for index, done in enumerate((completion, *completion.others)):
             candidate, calls = self._candidate(index), done.message.tool_calls
-            parts = candidate.call_parts(calls) if calls else [candidate.text_part("")]
+            rest = candidate.enum.finish() if candidate.enum else ""
+            parts = candidate.call_parts(calls) if calls else [candidate.text_part(rest)]
             candidates.append(candidate.end(parts, done, self._request))
         last = {"candidates": candidates, **_usage(completion), **_tail(self._request, self._call_id)}
         return self._framed(_line(last)) + (b"]" if self._array else b"")
@@ -131,7 +135,8 @@ class GeminiStream:
 
     def _candidate(self, index: int) -> _Candidate:
         if index not in self._candidates:
-            self._candidates[index] = _Candidate(index, sibling(self._call_id, index))
+            enum = InputUnwrapper() if ENUM in self._request.notes else None
+            self._candidates[index] = _Candidate(index, sibling(self._call_id, index), enum)
         return self._candidates[index]
 
     def _chunk(self, candidate: _Candidate, part: _Wire) -> bytes:
@@ -150,6 +155,7 @@ class _Candidate(Struct):
 
     index: int
     call_id: str
+    enum: InputUnwrapper | None = None
     signed: bool = False
     unsealed: list[str] = field(default_factory=list)
     shown: list[TokenLogprob] = field(default_factory=list)  # since the last chunk

@@ -2,7 +2,8 @@
 
 The model's name and whether to stream stand in the path. Notes that it leaves on a request:
 `withheld:NAME` (a tool of the provider's), `filtered:allowed_tools`, `dropped:tool_choice`,
-`placeholder:KIND` (a part that a local model cannot read), `framed:json_array` (see `JSON_ARRAY`).
+`placeholder:KIND` (a part that a local model cannot read), `framed:json_array` (see `JSON_ARRAY`),
+`wrapped:enum` (see `ENUM`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from urllib.parse import parse_qs, unquote
 import msgspec
 
 from polar_mitm.dialects import gemini_wire as wire
+from polar_mitm.dialects.custom_tool import INPUT_SCHEMA
 from polar_mitm.dialects.gemini_names import camelised
 from polar_mitm.dialects.gemini_schema import json_schema
 from polar_mitm.dialects.gemini_tools import Toolbox
@@ -37,6 +39,9 @@ from polar_mitm.types import (
 
 JSON_ARRAY = "framed:json_array"
 """The note of a request whose stream is to be one JSON array, as it is without `alt=sse`."""
+
+ENUM = "wrapped:enum"
+"""The note of a request for one word of several, which is sampled inside JSON and taken out of it again."""
 
 _T = TypeVar("_T")
 _decode = msgspec.json.Decoder(wire.Request, strict=False).decode  # the API takes "5" for 5
@@ -80,7 +85,7 @@ def decode(body: bytes, path: str) -> ChatRequest:
         sampling=_sampling(config),
         stream=stream,
         show_reasoning=bool(config.thinking_config and config.thinking_config.include_thoughts),
-        response_schema=_schema(config),
+        response_schema=_schema(config, notes),
         n=config.candidate_count or 1,
         top_logprobs=(config.logprobs or 0) if config.response_logprobs else None,
         notes=list(notes),
@@ -117,23 +122,27 @@ def _sampling(config: wire.GenerationConfig) -> Sampling:
     )
 
 
-def _schema(config: wire.GenerationConfig) -> dict[str, Any] | None:
+def _schema(config: wire.GenerationConfig, notes: dict[str, None]) -> dict[str, Any] | None:
     mime_type = config.response_mime_type or ""
-    if mime_type not in ("", "text/plain", "application/json"):
+    if mime_type not in ("", "text/plain", "application/json", "text/x.enum"):
         raise PolarError("bad_request", f"generationConfig.responseMimeType: {mime_type} is not served here")
-    schema = config.response_json_schema
-    if schema is None:
-        schema = config.response_schema
-    if isinstance(schema, dict):
-        try:
-            return json_schema(schema)
-        except RecursionError:
-            raise PolarError("bad_request", "generationConfig.responseSchema: nested too deeply") from None
-    if schema is not None:
+    asked = config.response_json_schema
+    if asked is None:
+        asked = config.response_schema
+    if asked is not None and not isinstance(asked, dict):
         raise PolarError("bad_request", "generationConfig.responseJsonSchema: expected an object")
-    if mime_type == "application/json":
+    try:
+        schema = None if asked is None else json_schema(asked)
+    except RecursionError:
+        raise PolarError("bad_request", "generationConfig.responseSchema: nested too deeply") from None
+    if mime_type == "text/x.enum":
+        if schema is None or not schema.get("enum"):
+            raise PolarError("bad_request", "generationConfig.responseSchema.enum: field required")
+        notes[ENUM] = None
+        return INPUT_SCHEMA | {"properties": {"input": schema}}
+    if schema is None and mime_type == "application/json":
         return {"anyOf": [{"type": "object"}, {"type": "array"}]}
-    return None
+    return schema
 
 
 class _History:

@@ -221,6 +221,28 @@ def test_the_sdk_reads_structured_output() -> None:
     assert schema["type"] == "object" and schema["required"] == ["x", "tags"]
 
 
+@pytest.mark.parametrize("size", [1, 5, 99])
+def test_the_sdk_reads_one_word_of_several(size: int) -> None:
+    """`text/x.enum` answers with the bare word; guided decoding samples it inside JSON."""
+    config: Any = {
+        "response_mime_type": "text/x.enum",
+        "response_schema": {"type": "STRING", "enum": ["wind", "string"]},
+    }
+    seen: list[ChatRequest] = []
+
+    def respond(request: ChatRequest) -> Reply:
+        seen.append(request)
+        return responder(answer('{"input": "wind"}', "hm"), size)(request)
+
+    sdk = client(respond).models
+    assert sdk.generate_content(model="m", contents="flute", config=config).text == "wind"
+    got = sdk.generate_content_stream(model="m", contents="flute", config=config)
+    assert "".join(chunk.text or "" for chunk in got) == "wind"
+    schema = seen[0].response_schema
+    assert schema is not None and schema["required"] == ["input"]
+    assert schema["properties"]["input"] == {"type": "string", "enum": ["wind", "string"]}
+
+
 # --- both forms of a stream -----------------------------------------------------------------------------
 
 

@@ -531,6 +531,7 @@ def test_thoughts_are_shown_on_demand() -> None:
         ({"generationConfig": {"maxOutputTokens": -1}}, "generationConfig.maxOutputTokens"),
         ({"generationConfig": {"responseJsonSchema": 5}}, "generationConfig.responseJsonSchema"),
         ({"generationConfig": {"responseMimeType": "image/png"}}, "generationConfig.responseMimeType"),
+        ({"generationConfig": {"responseMimeType": "text/x.enum"}}, "generationConfig.responseSchema.enum"),
         ({"cachedContent": "cachedContents/x"}, "cachedContent"),
     ],
 )
