@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anthropic
@@ -26,21 +27,11 @@ GEMINI = "https://generativelanguage.googleapis.com/v1beta/models/gemini-x"
 PROMPT = "Writé it,\n" * 20
 
 
-class Running:
-    """A box and its engine."""
-
-    def __init__(self, **options: Any) -> None:
-        self.engine = ScriptedEngine(always(Answer(text="ok")), **options)
-
-    async def __aenter__(self) -> tuple[Box, Rig]:
-        await self.engine.__aenter__()
-        self._rig = rig(self.engine.url)
-        r = await self._rig.__aenter__()
-        return await r.box(), r
-
-    async def __aexit__(self, *exc: Any) -> None:
-        await self._rig.__aexit__(*exc)
-        await self.engine.__aexit__(*exc)
+@asynccontextmanager
+async def running() -> AsyncIterator[tuple[Box, Rig, ScriptedEngine]]:
+    """A box, and the engine behind it."""
+    async with ScriptedEngine(always(Answer(text="ok"))) as engine, rig(engine.url) as r:
+        yield await r.box(), r, engine
 
 
 async def tokens_of_the_call(box: Box, r: Rig, url: str, body: dict[str, Any]) -> int:
@@ -60,7 +51,7 @@ TALK: list[Any] = [
 
 
 async def test_anthropic_counts_as_the_call_would_be() -> None:
-    async with Running() as (box, r):
+    async with running() as (box, r, _):
         asked: Any = {"model": "claude-x", "system": "Be brief.", "tools": TOOLS, "messages": TALK}
         async with claude(box) as client:
             counted = await client.messages.count_tokens(**asked)
@@ -71,7 +62,7 @@ async def test_anthropic_counts_as_the_call_would_be() -> None:
 
 
 async def test_responses_count_as_the_call_would_be() -> None:
-    async with Running() as (box, r):
+    async with running() as (box, r, _):
         tool: Any = {"type": "function", "name": "Bash", "parameters": SHELL, "strict": False}
         asked: Any = {"model": "gpt-x", "input": PROMPT, "instructions": "Be brief.", "tools": [tool]}
         async with gpt(box) as client:
@@ -82,7 +73,7 @@ async def test_responses_count_as_the_call_would_be() -> None:
 
 
 async def test_a_response_that_is_referred_to_counts() -> None:
-    async with Running() as (box, r), gpt(box) as client:
+    async with running() as (box, r, _), gpt(box) as client:
         first = await client.responses.create(model="gpt-x", input=PROMPT)
         more: Any = {"model": "gpt-x", "input": "more", "previous_response_id": first.id}
         counted = await client.responses.input_tokens.count(**more)
@@ -92,7 +83,7 @@ async def test_a_response_that_is_referred_to_counts() -> None:
 
 
 async def test_gemini_counts_as_the_call_would_be() -> None:
-    async with Running() as (box, r):
+    async with running() as (box, r, _):
         client = gemini(box)  # one that nobody holds closes its connections
         counted = await client.aio.models.count_tokens(model="gemini-x", contents=PROMPT)
         contents = [{"role": "user", "parts": [{"text": PROMPT}]}]
@@ -115,7 +106,7 @@ async def test_gemini_counts_as_the_call_would_be() -> None:
 
 
 async def test_a_compressed_count() -> None:
-    async with Running() as (box, _):
+    async with running() as (box, _, _):
         body = gzip.compress(json.dumps({"model": "m", "messages": TALK}).encode())
         async with box.http() as http:
             async with http.post(COUNT, data=body, headers={"content-encoding": "gzip"}) as response:
@@ -133,12 +124,11 @@ async def test_what_the_engine_does_not_render_is_counted_too(status: int) -> No
     async def fault() -> web.Response:
         return web.json_response(refused, status=status)
 
-    running = Running()
-    async with running as (box, _):
+    async with running() as (box, _, engine):
         asked: Any = {"model": "claude-x", "messages": TALK, "tools": TOOLS}
         async with claude(box) as client:
             exact = await client.messages.count_tokens(**asked)
-            running.engine.render_fault = fault
+            engine.render_fault = fault
             assert await client.messages.count_tokens(**asked) == exact
 
 
@@ -205,8 +195,7 @@ async def test_counts_and_windows_are_told_as_usage_is() -> None:
     """What Claude Code believes in is larger than the engine's window: all is told as a share of that."""
     agent = {"user-agent": "claude-cli/2.1.328 (external, sdk-cli)"}
     asked: Any = {"model": "claude-opus-5-5", "messages": TALK, "tools": TOOLS}
-    running = Running()
-    async with running.engine as engine:
+    async with ScriptedEngine() as engine:
         info = EngineInfo(engine.url, "scripted", max_model_len=10_000)
         told = {}
         for usage in ("scaled", "engine"):
@@ -223,11 +212,10 @@ async def test_counts_and_windows_are_told_as_usage_is() -> None:
 
 
 async def test_the_engine_is_asked_for_nothing_but_ids() -> None:
-    running = Running()
-    async with running as (box, _):
+    async with running() as (box, _, engine):
         async with claude(box) as client:
             counted = await client.messages.count_tokens(model="m", messages=TALK)
-        (rendered,) = running.engine.renders
-        assert running.engine.calls == []
+        (rendered,) = engine.renders
+        assert engine.calls == []
         text = byte_tokens.render(rendered["messages"], rendered.get("tools"), generate=True)
         assert len(byte_tokens.encode(text)) == counted.input_tokens
