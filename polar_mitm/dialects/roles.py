@@ -29,7 +29,7 @@ class Rule(Struct, frozen=True):
     how the system prompt begins, `said` how a part of the last message does; `tools` and `schema` say whether
     the model is offered tools or held to a schema, `note` is one of the request's notes. `hosted`: what it
     was to be offered are tools of the provider's own machines only. `agent`: the body says that an agent asks
-    whose name begins so (`*`: any).
+    whose name begins so (`*`: any). `tool`: the model is offered one of that name.
     """
 
     role: CallRole
@@ -43,6 +43,7 @@ class Rule(Struct, frozen=True):
     note: str = ""
     hosted: bool = False
     agent: str = ""
+    tool: str = ""
 
     def holds(self, headers: Mapping[str, str], request: ChatRequest) -> bool:
         """Whether the rule is about this call; `headers` have lower-case names."""
@@ -59,6 +60,8 @@ class Rule(Struct, frozen=True):
         if self.note and self.note not in request.notes:
             return False
         if self.agent and not (request.agent and request.agent.startswith(self.agent.rstrip("*"))):
+            return False
+        if self.tool and request.find_tool(self.tool) is None:
             return False
         if self.hosted and not _hosted_only(request):
             return False
@@ -98,6 +101,7 @@ RULES: tuple[Rule, ...] = (
     Rule("subagent", harness=_OPENCODE, header="x-parent-session-id"),
     Rule("compaction", harness=_GEMINI, tools=False, system="You are a specialized system component "),
     Rule("auxiliary", harness=_GEMINI, tools=False),  # the router, web search, repairs of edits
+    Rule("subagent", harness=_GEMINI, tool="complete_task"),  # by which one hands in what it found
     Rule("compaction", harness=_QWEN, tools=False, system="You are the component that summarizes "),
     Rule("compaction", harness=_QWEN, tools=False, system="You are a specialized system component "),
     Rule("auxiliary", harness=_QWEN, tools=False),

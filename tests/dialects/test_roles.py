@@ -100,6 +100,8 @@ BARE = request("You write titles.")
             request("You are a specialized system component responsible for distilling chat history into"),
             Caller("compaction"),
         ),
+        (GEMINI, request("An agent.", tools=[*TOOLS, Tool("complete_task")]), Caller("subagent")),
+        (SDK, request("An agent.", tools=[*TOOLS, Tool("complete_task")]), Caller()),
         # Qwen Code
         (QWEN, TURN, Caller()),
         (QWEN, BARE, Caller("auxiliary")),
@@ -128,7 +130,9 @@ def _met(rule: Rule) -> tuple[dict[str, str], ChatRequest]:
     return headers, request(
         rule.system,
         *([rule.said] if rule.said else []),
-        tools=[] if rule.tools is False or rule.hosted else TOOLS,
+        tools=[]
+        if rule.tools is False or rule.hosted
+        else [*TOOLS, *([Tool(rule.tool)] if rule.tool else [])],
         response_schema=SCHEMA if rule.schema else None,
         notes=[*notes, "withheld:web_search"] if rule.hosted else notes,
         agent=rule.agent.rstrip("*") or "one" if rule.agent else "",
@@ -140,7 +144,7 @@ def test_each_rule_is_reached_and_needs_each_of_its_conditions(rule: Rule) -> No
     headers, asked = _met(rule)
     assert next(r for r in RULES if r.holds(headers, asked)) is rule
     assert caller(headers, asked).role == rule.role
-    for name in ("header", "harness", "system", "said", "note", "agent"):
+    for name in ("header", "harness", "system", "said", "note", "agent", "tool"):
         if getattr(rule, name):
             other = msgspec.structs.replace(rule, **{name: "something else"})
             assert not other.holds(headers, asked), name

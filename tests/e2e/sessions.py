@@ -155,6 +155,8 @@ def _delegation(tools: dict[str, Any]) -> tuple[str, str]:
         return _SPAWN, json.dumps({"message": task})
     if "task" in tools:
         return "task", json.dumps({"description": "look", "prompt": task, "subagent_type": "general"})
+    if "invoke_agent" in tools:
+        return "invoke_agent", json.dumps({"agent_name": "generalist", "prompt": task})
     name = "agent" if "agent" in tools else "Agent"  # Qwen Code's, and Claude Code's
     return name, json.dumps({"description": "look", "prompt": task, "run_in_background": False})
 
