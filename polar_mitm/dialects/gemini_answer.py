@@ -85,8 +85,9 @@ def whole(request: ChatRequest, completion: Completion, call_id: str) -> bytes:
 class GeminiStream:
     """The `StreamEncoder` of `streamGenerateContent`: events, or the elements of one JSON array.
 
-    Calls of functions come with the last chunk: the API has no fragments of arguments. No comment or chunk
-    without a candidate is ever sent: Gemini CLI and the official SDK's chats then take the answer for broken.
+    Calls of functions come with the last chunk: the API has no fragments of arguments. Comments, and chunks
+    without a part, are never sent: Gemini CLI and the official SDK's chats take such an answer for broken. A
+    harness that waits long gets an empty text, which the service sends too, and which nobody keeps.
     """
 
     def __init__(self, request: ChatRequest, call_id: str) -> None:
@@ -103,8 +104,7 @@ class GeminiStream:
     def delta(self, delta: Delta) -> bytes:
         candidate = self._candidate(delta.choice)
         if candidate.plain and delta.text and not delta.reasoning and not delta.shown_logprobs:
-            end = b'}],"role":"model"},"index":%d}]' % candidate.index  # by far the most frequent
-            return self._framed(_TEXT + _one_line(_encode(delta.text)) + end + self._tail)
+            return self._text(candidate.index, delta.text)  # by far the most frequent
         if delta.shown_logprobs:
             candidate.show(delta.shown_logprobs)
         out = b""
@@ -118,7 +118,7 @@ class GeminiStream:
         return out
 
     def keepalive(self) -> bytes:
-        return b"\n" if self._array else b""
+        return b"\n" if self._array else self._text(0, "")
 
     def finish(self, completion: Completion) -> bytes:
         candidates = []
@@ -145,6 +145,10 @@ class GeminiStream:
     def _chunk(self, candidate: _Candidate, part: _Wire) -> bytes:
         wire = candidate.wire([part], self._request)
         return self._framed(b'{"candidates":[' + _line(wire) + b"]" + self._tail)
+
+    def _text(self, index: int, text: str) -> bytes:
+        end = b'}],"role":"model"},"index":%d}]' % index
+        return self._framed(_TEXT + _one_line(_encode(text)) + end + self._tail)
 
     def _framed(self, chunk: bytes) -> bytes:
         if not self._array:

@@ -288,11 +288,33 @@ def test_the_terminal_chunk_comes_with_finish_only() -> None:
 
 
 def test_nothing_that_gemini_cli_takes_for_a_broken_answer() -> None:
+    """No comments, and no chunk without a candidate or without parts."""
     encoder = DIALECT.encoder(ask(), CALL, 0.0)
-    assert encoder.start() + encoder.keepalive() + encoder.delta(Delta(token_ids=[1])) == b""
+    assert encoder.start() + encoder.delta(Delta(token_ids=[1])) == b""
     done = answer("", "thoughts only")
-    for chunk in chunks(streamed(ask(), split(done, 3), done)):
+    wire = encoder.keepalive() + b"".join(map(encoder.delta, split(done, 3))) + encoder.finish(done)
+    assert all(line.startswith(b"data: ") for line in wire.splitlines() if line)
+    for chunk in chunks(wire):
         assert chunk["candidates"][0]["content"]["parts"]
+
+
+def test_an_answer_that_had_to_wait_is_what_was_sampled() -> None:
+    seen: list[ChatRequest] = []
+    done = answer("one two", "hm", [("f", "{}")])
+
+    def respond(request: ChatRequest) -> Reply:
+        seen.append(request)
+        encoder = DIALECT.encoder(request, CALL, 0.0)
+        wire = encoder.start() + encoder.keepalive()
+        wire += b"".join(encoder.delta(d) + encoder.keepalive() for d in split(done, 3))
+        return Reply(200, wire + encoder.finish(done), DIALECT.stream_headers(CALL, request))
+
+    chat = client(respond).chats.create(model="m", config=SHOWN)  # type: ignore[arg-type]
+    assert "".join(chunk.text or "" for chunk in chat.send_message_stream("first")) == "one two"
+    list(chat.send_message_stream("second"))
+    message = seen[1].messages[1]
+    assert (message.text, message.reasoning, len(message.tool_calls)) == ("one two", "hm", 1)
+    assert [m.role for m in seen[1].messages] == ["user", "assistant", "user"]
 
 
 def test_an_array_waits_in_white_space() -> None:
