@@ -36,7 +36,7 @@ class Lacking(Exception):
 class Play:
     """A script of `acts`. The first calls that belong to it get `faults`, one each, made of their answers.
 
-    `lacks` says which tool the harness did not offer: then the scenario has no meaning for it.
+    `lacks` says that the harness did not offer a tool: then the scenario has no meaning for it.
     """
 
     def __init__(self, *acts: Act, faults: Sequence[Fault] = ()) -> None:
@@ -48,7 +48,7 @@ class Play:
         try:
             answer = self.answer(request)
         except Lacking as error:
-            self.lacks = str(error)
+            self.lacks = f"it does not offer {error}"
             return Answer(LAST_WORDS)
         if answer is None:
             return beside(request)
@@ -104,6 +104,16 @@ def shell(*commands: str, text: str = "I will do it.", **fields: Any) -> Act:
 
     def act(request: Request) -> Answer:
         return Answer(text, tool_calls=[_shell(request, command) for command in commands], **fields)
+
+    return act
+
+
+def until_told(first: Act, then: Act) -> Act:
+    """One act until a tool has answered, whatever else is in the history; another from then on."""
+
+    def act(request: Request) -> Answer:
+        told = any(message["role"] == "tool" for message in request["messages"])
+        return (then if told else first)(request)
 
     return act
 

@@ -72,8 +72,8 @@ def row_of(harness: str, version: str, scenario: Scenario, ran: Ran) -> Row:
 
 
 def _verdict(scenario: Scenario, ran: Ran) -> tuple[Outcome, list[str]]:
-    if ran.play.lacks:
-        return "n/a", [f"it does not offer {ran.play.lacks}"]
+    if why := scenario.beyond(ran):
+        return "n/a", [why]
     checks = [ends_well, *(has(name, text) for name, text in scenario.leaves.items()), is_recorded]
     problems = [problem for check in (*checks, *scenario.checks) if (problem := check(ran))]
     if scenario.asks:

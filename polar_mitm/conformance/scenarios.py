@@ -41,6 +41,8 @@ class Ran:
     """Every sampled token of it is trained, masked or quarantined."""
 
 
+_IMAGES = (b"iVBORw0KGgo", b"/9j/", b"UklGR")  # PNG, JPEG and WebP in base64
+
 Check = Callable[[Ran], str | None]
 """What is wrong with a run; None if nothing."""
 
@@ -56,6 +58,7 @@ class Scenario:
             `leaves`, and a whole record.
         files: of the workspace, to begin with.
         images: whether the engine reads images.
+        beyond: why it has no meaning for the harness, as seen in a run; None if it has.
         trust: the only way in which the harness may come to trust the CA; None for all. Such a scenario
             asks a question, and no answer to it is wrong.
         fast: belongs to the subset for CI.
@@ -69,6 +72,7 @@ class Scenario:
     leaves: Mapping[str, str] = field(default_factory=lambda: {"hello.txt": "hi"})
     files: Mapping[str, bytes] = field(default_factory=dict)
     images: bool = False
+    beyond: Check = lambda ran: ran.play.lacks
     trust: Sequence[str] | None = None
     timeout_s: float = 180
     fast: bool = False
@@ -133,6 +137,12 @@ def makes(role: str) -> Check:
     return lambda ran: None if any(c.role == role for c in ran.calls) else f"no call has the role {role}"
 
 
+def sends_no_image(ran: Ran) -> str | None:
+    """It lacks the tool, or asked for no look at all: not every model that harnesses know reads images."""
+    sent = any(mark in call.wire.request_body for call in ran.calls for mark in _IMAGES)
+    return ran.play.lacks or (None if sent else "it sends no image to the model that it believes in")
+
+
 def shows_image(ran: Ran) -> str | None:
     """The picture got to the engine."""
     return None if any(num_images(request) for request in ran.asked) else "the engine was shown no image"
@@ -166,7 +176,8 @@ def _png(size: int) -> bytes:
 
 
 def _faulty(*faults: plays.Fault) -> Callable[[], Play]:
-    return lambda: Play(plays.shell(_WRITE), plays.say(), faults=faults)
+    # Some go on from the beginning of an answer that broke off: it is in the history then.
+    return lambda: Play(plays.until_told(plays.shell(_WRITE), plays.say()), faults=faults)
 
 
 def _plain() -> Play:
@@ -225,6 +236,7 @@ SCENARIOS: dict[str, Scenario] = {
             leaves={},
             files={"picture.png": _png(64)},
             images=True,
+            beyond=sends_no_image,
         ),
         Scenario(
             "engine-429", "the engine is busy once", _faulty(plays.status(429)), checks=[got_over("failed")]

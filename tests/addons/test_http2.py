@@ -105,6 +105,7 @@ async def test_each_chunk_can_be_read_before_the_next_is_sent() -> None:
         assert status == 200 and body.endswith(b'{"type":"message_stop"}\n\n')
         (call,) = r.recorder.calls
         assert call.wire.response_body == body and call.status == "ok"
+        assert call.wire.http_version == "HTTP/2.0"
 
 
 async def test_calls_side_by_side_on_one_connection() -> None:

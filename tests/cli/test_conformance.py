@@ -59,6 +59,14 @@ def test_a_harness_that_does_nothing_fails_with_reasons(polar: Polar, idle: Path
     assert second["outcome"] == "n/a" and "resume_argv" in second["reasons"][0]
 
 
+def test_a_run_that_cannot_begin_has_failed_and_says_why(polar: Polar, idle: Path, tmp_path: Path) -> None:
+    idle.write_text(IDLE.replace("true", "no-such-program"))
+    done = polar("conformance", idle, "--scenario", "two-turns", "--out", tmp_path / "runs", "--json")
+    assert done.code == 1
+    (reason,) = done.json["rows"][0]["reasons"]
+    assert reason.startswith("it could not be run: no program called 'no-such-program'")
+
+
 def test_what_has_no_package_has_no_newest_version(polar: Polar, idle: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     given = ["--scenario", "trust-nothing", "--latest", "--markdown", page, "--out", tmp_path / "runs"]
@@ -74,9 +82,10 @@ def test_a_harness_that_cannot_be_installed_is_told_apart(
 ) -> None:
     absent = tmp_path / "absent.toml"
     absent.write_text(
-        'version = "1"\n[install]\npip = "no-such-package"\nbinary = "bin/x"\n[run]\nargv = ["{prompt}"]\n'
+        'version = "1"\n[install]\nnpm = "no-such-package"\nbinary = "bin/x"\n[run]\nargv = ["{prompt}"]\n'
     )
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9")
+    monkeypatch.setenv("npm_config_fetch_retries", "0")
     monkeypatch.setenv("POLAR_MITM_CACHE", str(tmp_path / "cache"))
     given = ["--scenario", "trust-nothing", "--out", tmp_path / "runs", "--json"]
     done = polar("conformance", absent, idle, *given)

@@ -71,6 +71,14 @@ def test_faults_keep_what_is_said() -> None:
     assert plays.silent(150)(answer).silence_s == 150
 
 
+def test_until_told_goes_by_what_tools_have_said() -> None:
+    play = Play(plays.until_told(plays.shell("one"), plays.say()))
+    begun = asked(0, BASH)
+    begun["messages"].append({"role": "assistant", "content": "I will"})
+    assert command_of(play(begun, 0)) == command_of(play(asked(0), 0)) == "one"
+    assert play(asked(1), 0).text == LAST_WORDS
+
+
 def test_broken_arguments_are_no_json() -> None:
     (call,) = plays.broken_arguments(asked(0, EXEC)).tool_calls
     with pytest.raises(json.JSONDecodeError):

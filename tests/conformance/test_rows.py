@@ -31,6 +31,9 @@ def wire(*headers: tuple[str, str]) -> Wire:
     return Wire("POST", "h", "/v1/messages", list(headers), http_version="HTTP/1.1")
 
 
+PICTURED = Wire(request_body=b'{"data": "iVBORw0KGgoAAAA"}')
+
+
 def ran(scenario: Scenario = TWO_TURNS, **fields: Any) -> Ran:
     """A run without a fault."""
     given = {
@@ -82,8 +85,11 @@ def test_each_fault_is_a_failure_with_a_reason(fields: dict[str, Any], reason: s
         ("sub-agents", {}, {"calls": [call(), call(1, role="subagent")]}),
         (
             "image",
-            {"asked": [{"messages": [{"role": "user", "content": LOOK}]}]},
-            {"asked": [{"messages": [{"role": "tool", "content": [{"type": "image_url"}]}]}]},
+            {"asked": [{"messages": [{"role": "user", "content": LOOK}]}], "calls": [call(wire=PICTURED)]},
+            {
+                "asked": [{"messages": [{"role": "tool", "content": [{"type": "image_url"}]}]}],
+                "calls": [call(wire=PICTURED)],
+            },
         ),
         (
             "resume",
@@ -115,9 +121,14 @@ def test_a_compaction_has_to_be_asked_for_and_recognised() -> None:
 
 def test_what_a_harness_lacks_is_no_failure() -> None:
     play = SCENARIOS["image"].play()
-    play.lacks = "a tool that reads images"
+    play.lacks = "it does not offer a tool that reads images"
     row = judged(SCENARIOS["image"], play=play, exit_code=1)
     assert (row.outcome, row.reasons) == ("n/a", ["it does not offer a tool that reads images"])
+
+
+def test_a_harness_whose_model_reads_no_images_sends_none() -> None:
+    row = judged(SCENARIOS["image"])
+    assert row.outcome == "n/a" and "sends no image" in row.reasons[0]
 
 
 def test_a_question_has_no_wrong_answer() -> None:

@@ -11,7 +11,7 @@ from tests.e2e.conftest import Cli
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 SCENARIOS = ("resume", "compaction", "sub-agents", "image", "cut")
-LACKING = {("pi", "sub-agents")}
+LACKING = {("pi", "sub-agents"), ("qwen-code", "image")}
 
 
 @pytest.mark.parametrize("name", [name for name in recipes.available() if name != "sdk-agent"])
