@@ -230,9 +230,23 @@ class Compaction(Play):
             return None
         if self.num_summaries or num_answered(request) >= self._most_turns:
             return Answer(LAST_WORDS)
-        filler = "word " * 24_000  # some keep what they count as the last 20,000 tokens, and sum up the rest
-        fields: dict[str, Any] = {"num_prompt_tokens": self._num_tokens, "tokens_per_chunk": 1000}
-        return Answer(f"I will do it. {filler}", tool_calls=[call], **fields)
+        fields: dict[str, Any] = {"tool_calls": [call], "tokens_per_chunk": 1000}
+        if num_answered(request):  # a first answer is small, or there would be nothing to sum up
+            fields["num_prompt_tokens"] = self._num_tokens
+        return Answer(f"I will do it.\n{lines(45_000)}", **fields)
+
+
+def lines(num_chars: int) -> str:
+    """A long text without repetition, which some harnesses take for a loop and break off.
+
+    They keep what they count as the last 20,000 tokens and sum up the rest: two answers have to be more than
+    that. One has to be less than 64,000 tokens, characters here, which is the most that some ask for.
+    """
+    length, text = 0, []
+    while length < num_chars:
+        text.append(f"Line {len(text)} of a long answer.\n")
+        length += len(text[-1])
+    return "".join(text)
 
 
 def asks_for_summary(request: Request) -> bool:

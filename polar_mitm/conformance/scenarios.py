@@ -190,8 +190,8 @@ def _thoughtful() -> Play:
 
 
 def _long() -> Play:
-    words = "".join(f"Line {n} of a long answer.\n" for n in range(8000))
-    return Play(plays.shell(_WRITE), plays.say(words + LAST_WORDS, tokens_per_chunk=256))
+    answer = plays.say(plays.lines(50_000) + LAST_WORDS, tokens_per_chunk=256)
+    return Play(plays.shell(_WRITE), answer)
 
 
 _TRUST = {
@@ -256,7 +256,7 @@ SCENARIOS: dict[str, Scenario] = {
         ),
         Scenario("cut", "the stream breaks off once", _faulty(plays.cut), checks=[got_over("failed")]),
         Scenario("slow", "the first token takes 150 s", _faulty(plays.silent(150)), timeout_s=400),
-        Scenario("long", "an answer of 200 kB", _long, checks=[prints(LAST_WORDS)]),
+        Scenario("long", "an answer of 50,000 tokens", _long, checks=[prints(LAST_WORDS)]),
         Scenario(
             "resume",
             "a second process goes on with the conversation",
