@@ -230,18 +230,16 @@ class Compaction(Play):
             return None
         if self.num_summaries or num_answered(request) >= self._most_turns:
             return Answer(LAST_WORDS)
+        # Some keep what they count as the last 20,000 tokens, four characters each, and sum up only the rest:
+        # two answers are more than that. One is less than the 64,000 tokens, bytes here, that some ask for.
         fields: dict[str, Any] = {"tool_calls": [call], "tokens_per_chunk": 1000}
-        if num_answered(request):  # a first answer is small, or there would be nothing to sum up
+        if num_answered(request):
             fields["num_prompt_tokens"] = self._num_tokens
         return Answer(f"I will do it.\n{lines(45_000)}", **fields)
 
 
 def lines(num_chars: int) -> str:
-    """A long text without repetition, which some harnesses take for a loop and break off.
-
-    They keep what they count as the last 20,000 tokens and sum up the rest: two answers have to be more than
-    that. One has to be less than 64,000 tokens, characters here, which is the most that some ask for.
-    """
+    """A long text without repetition, which some harnesses take for a loop and break off."""
     length, text = 0, []
     while length < num_chars:
         text.append(f"Line {len(text)} of a long answer.\n")
