@@ -215,20 +215,25 @@ class Delegation(Play):
 
 
 class Compaction(Play):
-    """Answers whose usage is nearly the whole window, until the harness has had its history summed up."""
+    """Answers whose usage is nearly the whole window, until the harness has had its history summed up.
 
-    def __init__(self, command: str, num_tokens: int, most_turns: int) -> None:
+    Each of `prompts` is followed by two calls of the shell: some sum up nothing but whole exchanges.
+    """
+
+    def __init__(self, command: str, num_tokens: int, prompts: Sequence[str]) -> None:
         super().__init__()
-        self._command, self._num_tokens, self._most_turns = command, num_tokens, most_turns
+        self._command, self._num_tokens, self._prompts = command, num_tokens, prompts
         self.num_summaries = 0
 
     def answer(self, request: Request) -> Answer | None:
         if asks_for_summary(request):
             self.num_summaries += 1
-            return Answer("<summary>The user wants a file. It has been written.</summary>")
+            # Some take off what the summary's prompt counted: it has to be as large as was said before.
+            summary = "<summary>The user wants a file. It has been written.</summary>"
+            return Answer(summary, num_prompt_tokens=self._num_tokens)
         if (call := shell_call(request, self._command)) is None:
             return None
-        if self.num_summaries or num_answered(request) >= self._most_turns:
+        if self.num_summaries or self._num_answered_since(request) >= 2:
             return Answer(LAST_WORDS)
         # Some keep what they count as the last 20,000 tokens, four characters each, and sum up only the rest:
         # two answers are more than that. One is less than the 64,000 tokens, bytes here, that some ask for.
@@ -236,6 +241,15 @@ class Compaction(Play):
         if num_answered(request):
             fields["num_prompt_tokens"] = self._num_tokens
         return Answer(f"I will do it.\n{lines(45_000)}", **fields)
+
+    def _num_answered_since(self, request: Request) -> int:
+        """How many answers there are to the last prompt."""
+        count = 0
+        for message in reversed(request["messages"]):
+            if message["role"] == "user" and any(prompt in _text(message) for prompt in self._prompts):
+                break
+            count += message["role"] == "assistant"
+        return count
 
 
 def lines(num_chars: int) -> str:

@@ -268,7 +268,7 @@ SCENARIOS: dict[str, Scenario] = {
         Scenario(
             "compaction",
             "the window is nearly full",
-            lambda: plays.Compaction(_WRITE, num_tokens=int(0.99 * _WINDOW), most_turns=4),
+            lambda: plays.Compaction(_WRITE, num_tokens=int(0.99 * _WINDOW), prompts=(PROMPT, RESUMED)),
             prompts=(PROMPT, RESUMED),  # some look at their window only before something new is asked
             checks=[was_summed_up, makes("compaction")],
         ),
