@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from polar_mitm.cli.exits import fail
 from polar_mitm.cli.output import plural, say
 from polar_mitm.rewards import which_counts
-from polar_mitm.types import Rollout
+from polar_mitm.types import EVALUATION, Rollout
 
 if TYPE_CHECKING:
     from polar_mitm.export import Judged
@@ -58,7 +58,9 @@ class Selection:
         rewards = {each.rollout_id: each.value for each in found if each.name == name}
         for rollout, _, trajectories in built:
             reward = rewards.get(rollout.rollout_id)
-            if rollout.incomplete:
+            if (rollout.group_id or "").startswith(EVALUATION):
+                self.left_out["of evaluations"] += 1
+            elif rollout.incomplete:
                 self.left_out["incomplete"] += 1
             elif reward is None:
                 self.left_out[f"no {name or 'reward'!r}"] += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -52,8 +53,11 @@ def polar(capfd: pytest.CaptureFixture[str]) -> Polar:
     """Runs a command in this process. A traceback would be a bug, whatever the command."""
 
     def call(*arguments: object) -> Result:
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         with pytest.raises(SystemExit) as end:
             main([str(each) for each in arguments])
+        for number, handler in before.items():  # else nobody could end the tests in good order
+            signal.signal(number, handler)
         out, err = capfd.readouterr()
         assert "Traceback" not in err
         assert isinstance(end.value.code, int)

@@ -14,7 +14,7 @@ from openai.types.responses.response_input_item_param import ResponseInputItemPa
 from pydantic import TypeAdapter
 
 from polar_mitm.store import Recorder
-from polar_mitm.types import Message, ModelCall, Reward, Rollout, TextPart, ToolCall
+from polar_mitm.types import EVALUATION, Message, ModelCall, Reward, Rollout, TextPart, ToolCall
 from tests.cli.conftest import Polar, sampled
 
 TOOL = {"type": "function", "function": {"name": "sh", "description": "", "parameters": {"type": "object"}}}
@@ -38,7 +38,8 @@ def turn(
 
 @pytest.fixture
 def judged(tmp_path: Path) -> Path:
-    """A rollout of two turns that earned 1, one that failed and earned 0, one that nobody judged."""
+    """A rollout of two turns that earned 1, one that failed and earned 0, one that nobody judged, and an
+    evaluation's."""
     calling = Message("assistant", reasoning="Look first.", tool_calls=[ToolCall("t1", "sh", ARGUMENTS)])
     wrong = Message("assistant", tool_calls=[ToolCall("t2", "sh", "ls -l")])
     done = Message("assistant", [TextPart("One file: caf\u00e9.txt")])
@@ -47,15 +48,18 @@ def judged(tmp_path: Path) -> Path:
         turn("rollout-A", 1, 20, 6, [SYSTEM, ASK, CALLED, RESULT], done),
         turn("rollout-B", 0, 10, 5, [SYSTEM, ASK], wrong),
         turn("rollout-C", 0, 10, 5, [SYSTEM, ASK], done),
+        turn("rollout-D", 0, 10, 5, [SYSTEM, ASK], done),
     ]
     path = tmp_path / "runs.duckdb"
     with Recorder(path, share=False) as recorder:
         for name in "ABC":
             recorder.rollout(Rollout(f"rollout-{name}", group_id="g", status="completed"))
+        recorder.rollout(Rollout("rollout-D", group_id=f"{EVALUATION}0/g", status="completed"))
         stored = [recorder.call(call) for call in calls]
         recorder.reward(Reward("rollout-A", "reward", 0.25))
         recorder.reward(Reward("rollout-A", "reward", 1.0, at=1.0))  # judged again
         recorder.reward(Reward("rollout-B", "reward", 0.0))
+        recorder.reward(Reward("rollout-D", "reward", 1.0))
         recorder.reward(Reward("rollout-B", "style", 0.5))
         assert all(each.result(30) for each in stored)
     return path
@@ -70,7 +74,8 @@ def test_trl_trains_on_it(
 ) -> None:
     out = tmp_path / "trl.parquet"
     told = polar("export", "-s", judged, "-o", out, "--format", "trl")
-    assert told.code == 0 and "2 trajectories written" in told.out and "1 no 'reward'" in told.err
+    assert told.code == 0 and "2 trajectories written" in told.out
+    assert "1 no 'reward'" in told.err and "1 of evaluations" in told.err
     rows = Dataset.from_parquet(str(out), cache_dir=str(tmp_path / "cache"))
     assert rows["prompt_ids"][0] == list(range(1, 11))
     assert rows["completion_ids"][0] == list(range(11, 27))
