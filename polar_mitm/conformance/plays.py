@@ -217,7 +217,7 @@ class Delegation(Play):
 class Compaction(Play):
     """Answers whose usage is nearly the whole window, until the harness has had its history summed up.
 
-    Each of `prompts` is followed by two calls of the shell: some sum up nothing but whole exchanges.
+    Each of `prompts` is followed by three calls of the shell: some sum up nothing but whole exchanges.
     """
 
     def __init__(self, command: str, num_tokens: int, prompts: Sequence[str]) -> None:
@@ -233,14 +233,14 @@ class Compaction(Play):
             return Answer(summary, num_prompt_tokens=self._num_tokens)
         if (call := shell_call(request, self._command)) is None:
             return None
-        if self.num_summaries or self._num_answered_since(request) >= 2:
+        if self.num_summaries or self._num_answered_since(request) >= 3:
             return Answer(LAST_WORDS)
         # Some keep what they count as the last 20,000 tokens, four characters each, and sum up only the rest:
-        # two answers are more than that. One is less than the 64,000 tokens, bytes here, that some ask for.
+        # three answers are more than that. One is less than the 32,000 tokens, bytes here, that some ask for.
         fields: dict[str, Any] = {"tool_calls": [call], "tokens_per_chunk": 1000}
-        if num_answered(request):
+        if num_answered(request) >= 2:
             fields["num_prompt_tokens"] = self._num_tokens
-        return Answer(f"I will do it.\n{lines(45_000)}", **fields)
+        return Answer(f"I will do it.\n{lines(28_000)}", **fields)
 
     def _num_answered_since(self, request: Request) -> int:
         """How many answers there are to the last prompt."""

@@ -190,7 +190,7 @@ def _thoughtful() -> Play:
 
 
 def _long() -> Play:
-    answer = plays.say(plays.lines(50_000) + LAST_WORDS, tokens_per_chunk=256)
+    answer = plays.say(plays.lines(28_000) + LAST_WORDS, tokens_per_chunk=256)
     return Play(plays.shell(_WRITE), answer)
 
 
@@ -256,7 +256,7 @@ SCENARIOS: dict[str, Scenario] = {
         ),
         Scenario("cut", "the stream breaks off once", _faulty(plays.cut), checks=[got_over("failed")]),
         Scenario("slow", "the first token takes 150 s", _faulty(plays.silent(150)), timeout_s=400),
-        Scenario("long", "an answer of 50,000 tokens", _long, checks=[prints(LAST_WORDS)]),
+        Scenario("long", "an answer of 28,000 tokens", _long, checks=[prints(LAST_WORDS)]),
         Scenario(
             "resume",
             "a second process goes on with the conversation",
@@ -285,7 +285,7 @@ SCENARIOS: dict[str, Scenario] = {
                 f"the CA by {' and '.join(ways) or 'nothing'}",
                 _plain,
                 trust=ways,
-                timeout_s=60,
+                timeout_s=90,
             )
             for name, ways in _TRUST.items()
         ),
