@@ -44,14 +44,14 @@ def sampled(found: RolloutColumns, row: int) -> list[int]:
     return lists.values[lists.offsets[row] : lists.offsets[row + 1]].tolist()
 
 
+NOTED = {"notes": ["withheld:web_search", "guided:tool_choice"]}
 MADE = [
     call(
         "a", [1, 2, 3], [4, 5], seq=0, usage=Usage(3, 2), policy_version="7", role="subagent", started_at=2.0
     ),
     call(
-        "b", [1, 2, 3, 4, 5, 6], [7], seq=1, continuation="exact", parent_call_id="a", tokenizer="q",
-        notes=["withheld:web_search", "guided:tool_choice"],
-    ),  # fmt: skip
+        "b", [1, 2, 3, 4, 5, 6], [7], seq=1, continuation="exact", parent_call_id="a", tokenizer="q", **NOTED
+    ),
     call("c", [1, 2, 3, 4, 9], [], seq=2, fallback="history_edited", status="cancelled", delivered=True),
     call("e", [], [], seq=3, status="failed", policy_version_last="8", replayed_from="z", model_served="m"),
     call("d", [1], [2, 3], seq=0, rollout_id="it's"),
