@@ -165,7 +165,7 @@ async def test_a_bad_request_is_a_bad_request() -> None:
             with pytest.raises(anthropic.BadRequestError, match="messages"):
                 await client.messages.create(model="m", max_tokens=9, messages={"not": "a list"})  # type: ignore[arg-type]
             with pytest.raises(anthropic.NotFoundError):
-                await client.models.list()
+                await client.messages.batches.list()
         async with gpt(box) as other:
             with pytest.raises(openai.BadRequestError):
                 await other.responses.create(model="m", input=5)  # type: ignore[arg-type]
