@@ -271,6 +271,7 @@ SCENARIOS: dict[str, Scenario] = {
             lambda: plays.Compaction(_WRITE, num_tokens=int(0.99 * _WINDOW), prompts=(PROMPT, RESUMED)),
             prompts=(PROMPT, RESUMED),  # some look at their window only before something new is asked
             checks=[was_summed_up, makes("compaction")],
+            timeout_s=300,
         ),
         Scenario(
             "sub-agents",
