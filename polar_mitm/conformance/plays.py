@@ -254,7 +254,8 @@ class Compaction(Play):
 
 def lines(num_chars: int) -> str:
     """A long text without repetition, which some harnesses take for a loop and break off."""
-    length, text = 0, []
+    length = 0
+    text: list[str] = []
     while length < num_chars:
         text.append(f"Line {len(text)} of a long answer.\n")
         length += len(text[-1])
@@ -266,9 +267,7 @@ def asks_for_summary(request: Request) -> bool:
     messages = request["messages"]
     system = _text(messages[0])[:300] if messages[0]["role"] == "system" else ""
     last = _text(messages[-1]) if messages[-1]["role"] in ("user", "system") else ""
-    if (
-        num_answered(request) == 0 and len(last) < 5000
-    ):  # there is no history yet, neither as such nor as text
+    if num_answered(request) == 0 and len(last) < 5000:  # no history yet, neither as such nor as text
         return False
     asked = f"{system}\n{last[:2000]}".lower()
     return any(word in asked for word in ("summar", "compact", "compress", "snapshot"))
