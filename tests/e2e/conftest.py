@@ -21,6 +21,7 @@ from polar_mitm.dialects.responses_socket import PREWARM
 from polar_mitm.types import ModelCall
 from polar_mitm_sandbox import recipes
 from polar_mitm_sandbox.install import ensure_harness
+from tests.e2e.sessions import HARNESSES
 from tests.support.record_fixtures import POLAR_MITM
 
 DEADLINE_S = 120
@@ -108,7 +109,7 @@ class Cli:
 @pytest.fixture(scope="session", autouse=True)
 def harnesses() -> None:
     """The real programs, at the recipes' versions; in the cache after `polar-mitm doctor --fix`."""
-    for name in ("claude-code", "codex", "pi", "opencode"):
+    for name in HARNESSES:
         ensure_harness(recipes.load(name), default_cache(), lambda step: print(step, file=sys.stderr))
 
 

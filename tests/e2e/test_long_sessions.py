@@ -1,8 +1,12 @@
-"""Long sessions of the real harnesses: each thread is one trajectory, on exactly the sampled ids."""
+"""Long sessions of the real harnesses: each thread is one trajectory, on exactly the sampled ids.
+
+Qwen Code and Gemini CLI change what was said, or the system prompt, when a new process goes on with a
+conversation: there each process is a trajectory.
+"""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ from tests.e2e.engines import HarnessEngine
 from tests.e2e.sessions import (
     HARNESSES,
     NUM_CALLS,
+    NUM_TOOL_TURNS,
     PROMPTS,
     in_front_of,
     looking,
@@ -23,6 +28,10 @@ from tests.e2e.sessions import (
     made_to_speak,
     session,
 )
+
+REWRITERS = {"qwen-code": {"history_edited"}, "gemini-cli": {"system_changed", "history_edited"}}
+BEGINNINGS = [0, *accumulate(num + 1 for num in NUM_TOOL_TURNS[:-1])]
+"""The calls that are a process's first."""
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 each_harness = pytest.mark.parametrize("name", HARNESSES)
@@ -89,18 +98,26 @@ async def check(cli: Cli, store: Path, num_calls: int = NUM_CALLS) -> list[Model
     assert all(call.status == "ok" and call.delivered for call in calls)
     thread = [call for call in calls if call.role == "main"]
     assert len(thread) == num_calls
-    assert [call.fallback for call in thread] == ["first_call"] + [None] * (num_calls - 1)
-    for parent, call in pairwise(thread):
+    # With one call per process, each call is a process's first.
+    firsts = BEGINNINGS if num_calls == NUM_CALLS else range(num_calls)
+    breaks = [at for at in firsts if at] if rollout.harness in REWRITERS else []
+    for at, (parent, call) in enumerate(pairwise(thread), 1):
+        if at in breaks:
+            assert call.continuation == "none" and call.fallback in REWRITERS[rollout.harness]
+            continue
+        assert call.fallback is None
         assert (call.continuation, call.parent_call_id) == ("exact", parent.call_id)
         known = [*parent.prompt_token_ids, *parent.completion_token_ids]
         assert list(call.prompt_token_ids)[: len(known)] == known
 
     trajectories, report = build(calls, rollout=rollout)
-    (main,) = [t for t in trajectories if t.role == "main"]
-    assert [span.call_id for span in main.spans] == [call.call_id for call in thread]
-    assert len(trajectories) == 1 + len(calls) - len(thread)  # side calls stay alone
+    main = [t for t in trajectories if t.role == "main"]
+    bounds = pairwise([0, *breaks, num_calls])
+    parts = [[call.call_id for call in thread[begin:end]] for begin, end in bounds]
+    assert sorted([span.call_id for span in t.spans] for t in main) == sorted(parts)
+    assert len(trajectories) == len(main) + len(calls) - len(thread)  # side calls stay alone
     assert report.adds_up and report.trained == sum(len(call.completion_token_ids) for call in thread)
-    assert main.loss_mask.sum() == report.trained
+    assert sum(t.loss_mask.sum() for t in main) == report.trained
 
     verified = (await cli("verify", store, "--json")).json()
     assert verified["sound"] and verified["context_equality"] == 1.0

@@ -11,13 +11,13 @@ from polar_mitm.conformance.scripts import Script
 from polar_mitm.reconstruct import BuildReport, Trajectory, build
 from polar_mitm.store import open_reader
 from polar_mitm.types import ModelCall
-from tests.e2e.conftest import Cli
+from tests.e2e.conftest import Cli, sampled
 from tests.e2e.engines import HarnessEngine
 from tests.e2e.sessions import DELEGATE, Overflowing, delegating, garbling
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
-WHOSE = {"claude-code": "x-claude-code-agent-id", "codex": "thread-id", "opencode": "x-session-id"}
-"""The header that says which agent calls."""
+NAMED = ("claude-code", "codex", "opencode", "qwen-code")
+"""Harnesses that say which of their agents calls."""
 
 
 async def recorded(
@@ -32,7 +32,7 @@ async def recorded(
     assert done.code == exit_code, done.err
     with open_reader(store) as reader:
         (rollout,) = reader.rollouts()
-        calls = reader.calls(wire=True)
+        calls = sampled(reader.calls())
     trajectories, report = build(calls, rollout=rollout)
     assert report.adds_up and rollout.incomplete is None
     verified = (await cli("verify", store, "--json")).json()
@@ -40,15 +40,14 @@ async def recorded(
     return calls, list(trajectories), report
 
 
-@pytest.mark.parametrize("name", WHOSE)
+@pytest.mark.parametrize("name", NAMED)
 async def test_subagents_side_by_side(name: str, cli: Cli, tmp_path: Path) -> None:
     """Same task, same answers, same prompt ids: only the ids that we minted tell the two apart."""
     calls, trajectories, report = await recorded(name, delegating, DELEGATE, cli, tmp_path / "run.duckdb")
     threads: dict[str, list[ModelCall]] = {}
     for call in calls:
         if call.role != "auxiliary":
-            whose = dict(call.wire.request_headers).get(WHOSE[name], "")
-            threads.setdefault(whose, []).append(call)
+            threads.setdefault(call.agent_id or "", []).append(call)
     roles = [[c.role for c in thread] for thread in threads.values()]
     assert sorted(roles) == [["main"] * (3 if name == "codex" else 2), *[["subagent"] * 3] * 2]
     for thread in threads.values():
@@ -62,6 +61,18 @@ async def test_subagents_side_by_side(name: str, cli: Cli, tmp_path: Path) -> No
     paths = [[span.call_id for span in t.spans] for t in trajectories if t.role != "auxiliary"]
     assert sorted(paths) == sorted([c.call_id for c in thread] for thread in threads.values())
     assert report.trained == sum(len(c.completion_token_ids) for t in threads.values() for c in t)
+
+
+async def test_subagents_that_nobody_names(cli: Cli, tmp_path: Path) -> None:
+    """Gemini CLI's are told by what they are offered, and one from the other by the ids that we minted."""
+    store = tmp_path / "run.duckdb"
+    calls, trajectories, _ = await recorded("gemini-cli", delegating, DELEGATE, cli, store)
+    assert {call.agent_id for call in calls} == {None}
+    threads = [[span.call_id for span in t.spans] for t in trajectories if t.role == "subagent"]
+    assert sorted(map(len, threads)) == [4, 4]
+    assert sum(call.role == "subagent" for call in calls) == 8
+    main = [call for call in calls if call.role == "main"]
+    assert [call.fallback for call in main] == ["first_call", None]
 
 
 @pytest.mark.parametrize("name", ["pi", "opencode"])

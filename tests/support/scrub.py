@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64decode, b64encode
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,8 +34,15 @@ _HEX = re.compile(r"(?<![0-9a-f-])[0-9a-f]{32,}(?![0-9a-f-])")
 _SESSION = re.compile(r"\bses_[0-9A-Za-z]{26}\b")
 _KERNEL = re.compile(r"\(linux [^;)]+")
 _SEAL = re.compile(r"cG9sYXI[A-Za-z0-9+/]+=*")
+_SEAL_AS_BYTES = re.compile(
+    r"Y0c5c1lYS[A-Za-z0-9+/]+=*"
+)  # Gemini's signatures are bytes, so base64 once more
 _SECRET = re.compile(r"authorization|x-api-key|x-goog-api-key", re.IGNORECASE)
 _MOMENTS = ((1.5e9, 2.5e9, 1_700_000_000), (1.5e12, 2.5e12, 1_700_000_000_000))
+
+
+def _is_seal(text: str) -> bool:
+    return bool(_SEAL.fullmatch(text) or _SEAL_AS_BYTES.fullmatch(text))
 
 
 class Scrub:
@@ -89,7 +97,7 @@ class Scrub:
         if key not in PROSE:
             if structured := self._json_text(text):
                 return structured
-            if (len(named := self.names(text)) <= 64 and not re.search(r"\s", text)) or _SEAL.fullmatch(text):
+            if (len(named := self.names(text)) <= 64 and not re.search(r"\s", text)) or _is_seal(text):
                 return named
         # Digits are durations and the like: no two recordings would number their fillers alike.
         return self._fillers.setdefault(re.sub(r"\d", "0", text), self._filler(text))
@@ -102,6 +110,7 @@ class Scrub:
         """The same text with every id in it replaced."""
         for old, new in self._calls.items():
             text = text.replace(old, new)
+        text = _SEAL_AS_BYTES.sub(self._reseal_bytes, text)
         text = _SEAL.sub(self._reseal, text)
         text = _UUID.sub(lambda m: self._number(m[0], "00000000-0000-4000-8000-{:012x}"), text)
         text = _SESSION.sub(lambda m: self._number(m[0], "ses_{:026d}"), text)
@@ -111,6 +120,9 @@ class Scrub:
         seal = ids.unseal(match[0])
         assert seal is not None, "a blob that begins like ours, but is not"
         return ids.seal(self._calls.get(seal.call_id, seal.call_id), seal.text)
+
+    def _reseal_bytes(self, match: re.Match[str]) -> str:
+        return b64encode(self.names(b64decode(match[0]).decode()).encode()).decode()
 
     def _number(self, old: str, form: str) -> str:
         return self._names.setdefault(old, form.format(len(self._names) + 1))
