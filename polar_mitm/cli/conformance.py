@@ -162,8 +162,10 @@ def _newest(recipe: Recipe, matrix: Matrix) -> Recipe | None:
         newest = replace(recipe, version=version)
         install(newest)
     except SetupError as error:
-        matrix.changes[what] = [f"it cannot be had: {str(error).splitlines()[0]}"]
-        say(f"{what}: {str(error).splitlines()[0]}", style="yellow")
+        first, *others = str(error).splitlines()
+        why = " ".join([first, *others[-1:]])  # of a log, its end
+        matrix.changes[what] = [f"it cannot be had: {why}"]
+        say(f"{what}: {why}", style="yellow")
         return None
     return newest
 
