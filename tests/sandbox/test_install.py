@@ -89,7 +89,7 @@ def test_what_cannot_be_installed_is_not_taken_for_whole(
 
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["claude-code", "codex", "pi", "opencode"])
+@pytest.mark.parametrize("name", ["claude-code", "codex", "pi", "opencode", "qwen-code", "gemini-cli"])
 def test_harness_runs_in_the_sandbox(name: str, certificates: tuple[str, Path]) -> None:
     """From the cache of whoever runs the tests, so not as somebody who may not read it."""
     recipe = recipes.load(name)
