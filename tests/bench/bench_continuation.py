@@ -25,7 +25,8 @@ from urllib.parse import urlsplit
 import msgspec
 
 from polar_mitm.store import open_reader
-from tests.bench.client import chat_body, request_bytes, tls
+from tests.bench.bodies import chat_body
+from tests.bench.client import request_bytes, tls
 from tests.bench.continuing_engine import RESPLIT
 from tests.bench.processes import Side, interceptor, spawned
 
@@ -78,7 +79,7 @@ def _history(stream: bytes) -> dict[str, Any]:
 
 
 async def measure(num_tokens: int, body_bytes: int, rounds: int) -> dict[str, float]:
-    asked = json.loads(chat_body(body_bytes, provider="anthropic"))
+    asked = json.loads(chat_body(body_bytes, "anthropic"))
     with tempfile.TemporaryDirectory() as folder:
         engine = spawned(sys.executable, "-m", "tests.bench.continuing_engine", str(num_tokens))
         async with engine as (_, url):

@@ -2,14 +2,15 @@
 
     python -m tests.bench.bench_intercept [--json]
 
-Three questions, each answered with a ratio:
+Three questions, each answered per dialect, with a ratio:
 - CPU per call: 50 KB request, 32-token answer, translated, captured and stored, against pass-through;
 - CPU per streamed token, one engine chunk each, against pass-through per event;
-- how much later the first token comes than straight from the engine.
+- how much later the first byte of an answer comes than straight from the engine.
 
 The proxies serve the same client over TLS from the same fake fast engine. Stock mitmdump runs twice: with the
-engine in plain text, as we reach it, and over TLS, as it would reach the provider that a harness calls. Runs
-of the sides alternate, so that what else the machine does falls on all.
+engine in plain text, as we reach it, and over TLS, as it would reach the provider that a harness calls. Both
+pass through what the engine speaks, OpenAI's chat with the ids and logprobs that we ask for. Runs of the
+sides alternate, so that what else the machine does falls on all.
 """
 
 from __future__ import annotations
@@ -17,43 +18,23 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from tests.bench.client import Load, call_repeatedly, chat_body
-from tests.bench.processes import Side, cpu_s, fast_engine, interceptor, rss_mb, self_signed, stock_mitmdump
+from tests.bench.bodies import ENDPOINTS, chat_body, engine_body, speaking
+from tests.bench.client import Load, alternate, call_repeatedly, print_table
+from tests.bench.processes import Side, fast_engine, interceptor, rss_mb, self_signed, stock_mitmdump
 
-
-async def _cpu_of(side: Side, body: bytes, num_calls: int, num_clients: int) -> tuple[float, Load]:
-    """Seconds of CPU that `side` spent on `num_calls` calls by each of `num_clients`."""
-    load = Load()
-    before = cpu_s(side.pid)
-    await asyncio.gather(*(call_repeatedly(side, body, num_calls, load) for _ in range(num_clients)))
-    return cpu_s(side.pid) - before, load
-
-
-async def _alternate(
-    sides: list[tuple[Side, bytes]], rounds: int, num_calls: int, num_clients: int
-) -> dict[str, tuple[float, Load]]:
-    out: dict[str, tuple[float, Load]] = {}
-    for side, body in sides:
-        await _cpu_of(side, body, 10, num_clients)  # certificates, caches, the adaptive interpreter
-    for _ in range(rounds):
-        for side, body in sides:
-            spent, load = await _cpu_of(side, body, num_calls, num_clients)
-            total, all_loads = out.get(side.name, (0.0, Load()))
-            all_loads.first_s += load.first_s
-            all_loads.num_complete += load.num_complete
-            out[side.name] = (total + spent, all_loads)
-    return out
+STOCK, STOCK_TLS, DIRECT = "stock mitmdump", "stock mitmdump, TLS", "engine"
+Loads = dict[str, Load]
 
 
 async def measure(
     *, tokens: int, delay_s: float, rounds: int, calls: int, clients: int, body_bytes: int, stream: bool
-) -> dict[str, float]:
-    """One comparison; milliseconds of CPU per call on either side, and their ratio."""
+) -> tuple[Loads, float]:
+    """One comparison: what each dialect, both stocks and (without CPU) the engine took; our memory in MiB."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         num_ids = body_bytes // 4
@@ -62,58 +43,58 @@ async def measure(
             fast_engine(tokens, delay_s, num_ids, certificate=self_signed(path)) as tls_url,
             stock_mitmdump(url, path, stream=stream) as stock,
             stock_mitmdump(tls_url, path, stream=stream) as stock_tls,
-            interceptor(url, path) as (ours,),
+            interceptor(url, path, num_rollouts=len(ENDPOINTS)) as ours,
         ):
-            address = urlsplit(url)
-            direct = Side("direct", 0, address.port or 0, "localhost", stock.path, plain=True)
-            theirs_body = chat_body(body_bytes, provider="openai")
-            ours_body = chat_body(body_bytes, provider="anthropic")
-            sides = [(stock, theirs_body), (ours, ours_body), (stock_tls, theirs_body)]
-            results = await _alternate(sides, rounds, calls, clients)
-            straight = Load()
-            await call_repeatedly(direct, theirs_body, calls, straight)
-            memory = rss_mb(ours.pid)
-    per_call = {name: spent / load.num_complete * 1000 for name, (spent, load) in results.items()}
-    first = {name: statistics.median(load.first_s) * 1000 for name, (_, load) in results.items()}
-    return {
-        "ours_cpu_ms_per_call": round(per_call["polar-mitm"], 3),
-        "stock_cpu_ms_per_call": round(per_call["stock mitmdump"], 3),
-        "stock_tls_cpu_ms_per_call": round(per_call["stock mitmdump, TLS"], 3),
-        "cpu_ratio": round(per_call["polar-mitm"] / per_call["stock mitmdump"], 3),
-        "cpu_ratio_tls": round(per_call["polar-mitm"] / per_call["stock mitmdump, TLS"], 3),
-        "ours_first_byte_ms": round(first["polar-mitm"], 3),
-        "stock_first_byte_ms": round(first["stock mitmdump"], 3),
-        "direct_first_byte_ms": round(statistics.median(straight.first_s) * 1000, 3),
-        "ours_rss_mb": round(memory, 1),
-    }
+            through = engine_body(body_bytes)
+            sides = [(stock, through)]
+            sides += [
+                (speaking(side, dialect, name=dialect), chat_body(body_bytes, dialect))
+                for side, dialect in zip(ours, ENDPOINTS, strict=True)
+            ]
+            sides += [(stock_tls, through)]
+            loads = await alternate(sides, tokens=tokens, rounds=rounds, calls=calls, clients=clients)
+            direct = Side(DIRECT, 0, urlsplit(url).port or 0, "localhost", stock.path, plain=True)
+            loads[DIRECT] = Load()
+            await call_repeatedly(direct, through, calls, loads[DIRECT])
+            return loads, rss_mb(ours[0].pid)
 
 
-async def _main(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+def rows(many: Loads, alone: Loads, short: Loads, long: Loads, num_tokens: int) -> dict[str, dict[str, Any]]:
+    """The table: side -> column -> figure."""
+
+    def per_token(name: str) -> float:
+        """The slope between a short and a long answer is the cost of a token alone."""
+        return (long[name].cpu_ms_per_call - short[name].cpu_ms_per_call) / num_tokens * 1000
+
+    table = {}
+    for name in (*ENDPOINTS, STOCK, STOCK_TLS):
+        cpu, lone, token = many[name].cpu_ms_per_call, alone[name].cpu_ms_per_call, per_token(name)
+        table[name] = {
+            "call ms": round(cpu, 2),
+            "/stock": round(cpu / many[STOCK].cpu_ms_per_call, 2),
+            "/stock TLS": round(cpu / many[STOCK_TLS].cpu_ms_per_call, 2),
+            "alone ms": round(lone, 2),
+            "alone/stock": round(lone / alone[STOCK].cpu_ms_per_call, 2),
+            "token us": round(token, 1),
+            "token/stock": round(token / per_token(STOCK), 2),
+            "token/stock TLS": round(token / per_token(STOCK_TLS), 2),
+            "first byte +ms": round(alone[name].first_byte_ms - alone[DIRECT].first_byte_ms, 2),
+        }
+    return table
+
+
+async def _main(options: argparse.Namespace) -> dict[str, Any]:
     common = {"rounds": options.rounds, "body_bytes": options.body_bytes}
     quick = {"tokens": 32, "delay_s": 0, "stream": False}
-    alone = await measure(calls=options.calls, clients=1, **quick, **common)
-    many = options.clients
-    call = await measure(calls=max(5, options.calls // many), clients=many, **quick, **common)
-    # The slope between a short and a long answer is the cost of a token alone.
-    slow = {"delay_s": options.delay, "clients": 8, "calls": max(5, options.calls // 20), "stream": True}
-    short = await measure(tokens=2, **slow, **common)
-    long = await measure(tokens=2 + options.tokens, **slow, **common)
-    ours, stock, stock_tls = (
-        (long[f"{side}_cpu_ms_per_call"] - short[f"{side}_cpu_ms_per_call"]) / options.tokens * 1000
-        for side in ("ours", "stock", "stock_tls")
+    alone, _ = await measure(calls=options.calls, clients=1, **quick, **common)
+    clients = options.clients
+    many, memory_mb = await measure(
+        calls=max(5, options.calls // clients), clients=clients, **quick, **common
     )
-    token = {
-        "ours_cpu_us_per_token": round(ours, 1),
-        "stock_cpu_us_per_event": round(stock, 1),
-        "stock_tls_cpu_us_per_event": round(stock_tls, 1),
-        "cpu_ratio": round(ours / stock, 3),
-        "cpu_ratio_tls": round(ours / stock_tls, 3),
-    }
-    first = {
-        "ours_ms_later_than_direct": round(alone["ours_first_byte_ms"] - alone["direct_first_byte_ms"], 3),
-        "stock_ms_later_than_direct": round(alone["stock_first_byte_ms"] - alone["direct_first_byte_ms"], 3),
-    }
-    return {f"call, {many} clients": call, "call, 1 client": alone, "token": token, "first byte": first}
+    slow = {"delay_s": options.delay, "clients": 8, "calls": max(5, options.calls // 20), "stream": True}
+    short, _ = await measure(tokens=2, **slow, **common)
+    long, _ = await measure(tokens=2 + options.tokens, **slow, **common)
+    return {"table": rows(many, alone, short, long, options.tokens), "rss_mb": round(memory_mb, 1)}
 
 
 def main() -> None:
@@ -130,10 +111,11 @@ def main() -> None:
     if options.json:
         print(json.dumps(results))
         return
-    for name, figures in results.items():
-        print(name)
-        for key, value in figures.items():
-            print(f"  {key:>24}  {value}")
+    print(
+        f"CPU per call with {options.clients} clients and with one alone; per token; first byte, one client"
+    )
+    print_table(results["table"])
+    print(f"interceptor: {results['rss_mb']} MiB")
 
 
 if __name__ == "__main__":

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import random
+import re
 import ssl
+import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import msgspec
-
-from tests.bench.processes import Side
+from tests.bench.processes import Side, cpu_s
 
 
 @dataclass
 class Load:
-    """What a client saw: seconds to the first body byte and to the end, per call."""
+    """What a client saw: seconds to the first body byte, to the first token and to the end, per call."""
 
     first_s: list[float] = field(default_factory=list)
+    token_s: list[float] = field(default_factory=list)
     total_s: list[float] = field(default_factory=list)
-    num_complete: int = 0
+    cpu_s: float = 0.0
+
+    @property
+    def cpu_ms_per_call(self) -> float:
+        return self.cpu_s / len(self.total_s) * 1000
+
+    @property
+    def first_byte_ms(self) -> float:
+        """The median."""
+        return statistics.median(self.first_s) * 1000
+
+    @property
+    def first_token_ms(self) -> float:
+        """The median."""
+        return statistics.median(self.token_s) * 1000
 
 
 def request_bytes(side: Side, body: bytes) -> bytes:
@@ -30,42 +45,6 @@ def request_bytes(side: Side, body: bytes) -> bytes:
     return head.encode() + body
 
 
-def chat_body(num_bytes: int, *, provider: str) -> bytes:
-    """A conversation of about `num_bytes` with a system prompt, tools and history, for either wire."""
-    words = _prose(num_bytes)
-    tools = [_tool(i, provider) for i in range(10)]
-    messages = [{"role": "user", "content": "Fix the failing test."}]
-    body = {"model": "scripted", "stream": True, "max_tokens": 4096, "tools": tools, "messages": messages}
-    if provider == "openai":
-        body |= {"logprobs": True, "return_token_ids": True, "stream_options": {"include_usage": True}}
-    while (size := len(msgspec.json.encode(body))) < num_bytes:
-        role = "assistant" if messages[-1]["role"] == "user" else "user"
-        start = len(messages) * 1000
-        messages.append({"role": role, "content": words[start : start + max(1, min(1000, num_bytes - size))]})
-    if messages[-1]["role"] != "user":
-        messages.append({"role": "user", "content": "Go on."})
-    return msgspec.json.encode(body)
-
-
-def _prose(num_chars: int) -> str:
-    """Text that compresses about as well as prompts do (four to one), always the same."""
-    draw = random.Random(0)
-    lexicon = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(800)]
-    return " ".join(draw.choices(lexicon, k=num_chars // 4))
-
-
-def _tool(number: int, provider: str) -> dict[str, object]:
-    schema = {
-        "type": "object",
-        "properties": {f"parameter_{k}": {"type": "string", "description": "A value."} for k in range(10)},
-    }
-    description = "Runs something in the workspace and returns what it printed. " * 8
-    if provider == "openai":
-        function = {"name": f"tool_{number}", "description": description, "parameters": schema}
-        return {"type": "function", "function": function}
-    return {"name": f"tool_{number}", "description": description, "input_schema": schema}
-
-
 def tls() -> ssl.SSLContext:
     """Trusts anything: the interceptor's certificate is not what is measured."""
     context = ssl.create_default_context()
@@ -74,27 +53,74 @@ def tls() -> ssl.SSLContext:
     return context
 
 
-async def call_repeatedly(side: Side, body: bytes, num_calls: int, load: Load) -> None:
-    """`num_calls` calls on one connection, one after another."""
+async def call_repeatedly(side: Side, body: bytes, num_calls: int, load: Load) -> bytes:
+    """`num_calls` calls on one connection, one after another; the last answer.
+
+    Raises:
+        RuntimeError: an answer is an error, or has not the first token of the fast engine.
+    """
     encryption = None if side.plain else tls()
     reader, writer = await asyncio.open_connection(
         "127.0.0.1", side.port, ssl=encryption, server_hostname=side.server_name if encryption else None
     )
-    data = request_bytes(side, body)
+    data, answer = request_bytes(side, body), b""
     for _ in range(num_calls):
         start = time.perf_counter()
         writer.write(data)
         head = await reader.readuntil(b"\r\n\r\n")
         if not head.startswith(b"HTTP/1.1 200"):
-            raise RuntimeError(f"{side.name}: {head[:200]!r}")
-        first = None
-        while True:
-            size = int(await reader.readuntil(b"\r\n"), 16)
+            raise RuntimeError(f"{side.name}: {head[:200]!r} {(await reader.read(1000))!r}")
+        first = token = 0.0
+        parts, tail = [], b""
+        while size := int(await reader.readuntil(b"\r\n"), 16):
             first = first or time.perf_counter()
-            await reader.readexactly(size + 2)
-            if size == 0:
-                break
+            part = (await reader.readexactly(size + 2))[:-2]
+            if not token and b"tok0" in tail + part:
+                token = time.perf_counter()
+            parts.append(part)
+            tail = part[-3:]
+        await reader.readexactly(2)
+        answer = b"".join(parts)
+        if not token:
+            raise RuntimeError(f"{side.name}: no token in {answer[:1000]!r}")
         load.first_s.append(first - start)
+        load.token_s.append(token - start)
         load.total_s.append(time.perf_counter() - start)
-        load.num_complete += 1
     writer.close()
+    return answer
+
+
+async def alternate(
+    sides: list[tuple[Side, bytes]], *, tokens: int, rounds: int, calls: int, clients: int
+) -> dict[str, Load]:
+    """`rounds` times `calls` calls by each of `clients`, by turns to each side: name -> what it took.
+
+    What else the machine does falls on all sides. Before the first round each side answers some calls that do
+    not count (certificates, caches, the adaptive interpreter), and the answer is looked at: it must have
+    everything that the engine said.
+
+    Raises:
+        RuntimeError: an answer is an error, or lacks some of the `tokens` of the fast engine.
+    """
+    loads = {side.name: Load() for side, _ in sides}
+    for side, body in sides:
+        said = {int(n) for n in re.findall(rb"tok(\d+)", await call_repeatedly(side, body, 10, Load()))}
+        if missing := set(range(tokens - 1)) - said:  # the last one ends the answer and has no text
+            raise RuntimeError(f"{side.name}: lacks tokens {sorted(missing)}")
+    for _ in range(rounds):
+        for side, body in sides:
+            load = loads[side.name]
+            before = cpu_s(side.pid)
+            await asyncio.gather(*(call_repeatedly(side, body, calls, load) for _ in range(clients)))
+            load.cpu_s += cpu_s(side.pid) - before
+    return loads
+
+
+def print_table(rows: Mapping[str, Mapping[str, object]]) -> None:
+    """Rows of figures under the names of their columns."""
+    columns = list(next(iter(rows.values())))
+    lines = [["", *columns], *([name, *(str(row[c]) for c in columns)] for name, row in rows.items())]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for name, *figures in lines:
+        cells = [figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True)]
+        print("  ".join([name.ljust(widths[0]), *cells]))

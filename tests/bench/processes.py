@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import sysconfig
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +25,11 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def cpu_s(pid: int) -> float:
-    """User and system seconds of a process, all of its threads (proc(5), fields 14 and 15 of stat)."""
+    """User and system seconds of a process and its children, those that have ended, too (proc(5), stat)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS
+    own = sum(map(int, fields[11:15])) / _TICKS  # utime, stime, cutime, cstime
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    return own + sum(cpu_s(int(child)) for thread in threads for child in thread.read_text().split())
 
 
 def rss_mb(pid: int) -> float:
@@ -49,14 +51,19 @@ class Side:
 
 
 @contextlib.asynccontextmanager
-async def spawned(*command: str, line: bool = True) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """A child process, and the first line that it prints."""
+async def spawned(
+    *command: str, line: bool = True, env: Mapping[str, str] | None = None
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """A child process, with `env` beside our environment, and the first line that it prints."""
     process = await asyncio.create_subprocess_exec(
-        *command, cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+        *command,
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        stdout=asyncio.subprocess.PIPE if line else asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
     )
     try:
-        assert process.stdout is not None
-        first = (await process.stdout.readline()).decode().strip() if line else ""
+        first = (await process.stdout.readline()).decode().strip() if process.stdout else ""
         yield process, first
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -140,9 +147,9 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-async def listening(port: int) -> None:
+async def listening(port: int, wait_s: float = 30) -> None:
     """Wait until something accepts on a loopback port."""
-    for _ in range(300):
+    for _ in range(int(wait_s * 10)):
         with contextlib.suppress(OSError):
             _, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.close()

@@ -1,8 +1,9 @@
 """A vLLM-shaped server for benchmarks: raw asyncio, answers computed before the first request.
 
 Every answer is the same: `num_prompt_tokens` prompt ids, then one SSE event per sampled token, as in vLLM
-0.32. With `chunk_delay_s` 0 the whole stream is one write; otherwise token k leaves k * `chunk_delay_s`
-after the request. Only what a benchmark needs of HTTP/1.1: content-length bodies and keep-alive.
+0.32; who does not ask for `return_token_ids` gets the same words without ids and logprobs. With
+`chunk_delay_s` 0 the whole stream is one write; otherwise token k leaves k * `chunk_delay_s` after the
+request. Only what a benchmark needs of HTTP/1.1: content-length bodies and keep-alive.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import Any, Self
 CREATED = 1_700_000_000
 MODEL = "scripted"
 _STREAM = (b'"stream":true', b'"stream": true')
+_CAPTURE = (b'"return_token_ids":true', b'"return_token_ids": true')
 _NOT_FOUND = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
 
 
-def _events(num_tokens: int, num_prompt_tokens: int) -> list[bytes]:
+def _events(num_tokens: int, num_prompt_tokens: int, *, capture: bool) -> list[bytes]:
     head = {"id": "chatcmpl-0", "object": "chat.completion.chunk", "created": CREATED, "model": MODEL}
 
     def event(choice: dict[str, Any], **more: Any) -> bytes:
@@ -29,18 +31,17 @@ def _events(num_tokens: int, num_prompt_tokens: int) -> list[bytes]:
 
     prompt = [i % 100_000 for i in range(num_prompt_tokens)]
     role = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-    events = [event(role, prompt_token_ids=prompt)]
+    events = [event(role, prompt_token_ids=prompt) if capture else event(role)]
     for i in range(num_tokens):
         last = i == num_tokens - 1
         text = f" tok{i}"
         token = {"token": text, "logprob": -0.25, "bytes": list(text.encode()), "top_logprobs": []}
         choice = {
             "delta": {} if last else {"content": text},
-            "logprobs": {"content": [token]},
+            "logprobs": {"content": [token]} if capture else None,
             "finish_reason": "stop" if last else None,
-            "token_ids": [1000 + i],
         }
-        events.append(event(choice))
+        events.append(event({**choice, "token_ids": [1000 + i]} if capture else choice))
     usage = {
         "prompt_tokens": num_prompt_tokens,
         "total_tokens": num_prompt_tokens + num_tokens,
@@ -53,6 +54,17 @@ def _events(num_tokens: int, num_prompt_tokens: int) -> list[bytes]:
 
 def _chunked(data: bytes) -> bytes:
     return f"{len(data):x}\r\n".encode() + data + b"\r\n"
+
+
+def _stream(events: list[bytes]) -> list[bytes]:
+    """The events as parts of one chunked response."""
+    parts = [_chunked(event) for event in events]
+    parts[0] = (
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+        b"transfer-encoding: chunked\r\n\r\n" + parts[0]
+    )
+    parts[-1] += b"0\r\n\r\n"
+    return parts
 
 
 def _plain(payload: dict[str, Any]) -> bytes:
@@ -83,25 +95,29 @@ class _Connection(asyncio.Protocol):
             length = int(head[mark + 15 :].split(b"\r\n", 1)[0]) if mark >= 0 else 0
             if len(self._buffer) < end + 4 + length:
                 return
-            wants_stream = any(self._buffer.find(mark, end, end + 4 + length) > 0 for mark in _STREAM)
+            wants_stream, wants_ids = (
+                any(self._buffer.find(mark, end, end + 4 + length) > 0 for mark in marks)
+                for marks in (_STREAM, _CAPTURE)
+            )
             del self._buffer[: end + 4 + length]
-            self._answer(head.split(b" ", 2)[1], wants_stream)
+            self._answer(head.split(b" ", 2)[1], wants_stream, wants_ids)
 
-    def _answer(self, path: bytes, wants_stream: bool) -> None:
+    def _answer(self, path: bytes, wants_stream: bool, wants_ids: bool) -> None:
         engine = self._engine
         if path != b"/v1/chat/completions" or not wants_stream:
             self._transport.write(engine.others.get(path, _NOT_FOUND))
             return
         engine.num_calls += 1
+        parts = engine.parts[wants_ids]
         if engine.chunk_delay_s <= 0:
-            self._transport.write(engine.whole)
+            self._transport.write(b"".join(parts))
             return
         loop = asyncio.get_running_loop()
         start = loop.time()
-        self._transport.write(engine.parts[0])
+        self._transport.write(parts[0])
         self._timers = [
             loop.call_at(start + k * engine.chunk_delay_s, self._transport.write, part)
-            for k, part in enumerate(engine.parts[1:], 1)
+            for k, part in enumerate(parts[1:], 1)
         ]
 
 
@@ -121,14 +137,10 @@ class FastEngine:
         port: int = 0,
         certificate: Path | None = None,
     ) -> None:
-        events = [_chunked(event) for event in _events(num_tokens, num_prompt_tokens)]
-        events[0] = (
-            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
-            b"transfer-encoding: chunked\r\n\r\n" + events[0]
-        )
-        events[-1] += b"0\r\n\r\n"
-        self.parts = events
-        self.whole = b"".join(events)
+        self.parts = {
+            capture: _stream(_events(num_tokens, num_prompt_tokens, capture=capture))
+            for capture in (False, True)
+        }
         self.others = {
             b"/health": b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
             b"/version": _plain({"version": "0.32.0"}),
