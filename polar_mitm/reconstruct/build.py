@@ -10,7 +10,7 @@ import numpy as np
 
 from polar_mitm.columns import RolloutColumns
 from polar_mitm.reconstruct.forest import NO_PARENT, Forest, grow
-from polar_mitm.reconstruct.quarantine import examine
+from polar_mitm.reconstruct.quarantine import examine, nothing_asked
 from polar_mitm.reconstruct.recorded import columns_of
 from polar_mitm.reconstruct.records import Builder, BuildReport, MaskReason, Trajectory
 from polar_mitm.reconstruct.samples import Samples
@@ -35,9 +35,9 @@ def build(
     """Rebuild one rollout. Pure, and independent of the order of `calls`.
 
     Builders: `forest`, one trajectory per root-to-leaf path of exact prefixes; `per-request`, one per call;
-    `polar-splice`, Polar's rule with its context mismatches counted. In the first two, each call that is not
-    quarantined is in at least one trajectory, kept even where it is masked, and trajectories are assembled
-    whenever one is asked for: to go over them twice is to assemble them twice.
+    `polar-splice`, Polar's rule with its context mismatches counted. In the first two, each call that a model
+    served and that is not quarantined is in at least one trajectory, kept even where it is masked, and
+    trajectories are assembled whenever one is asked for: to go over them twice is to assemble them twice.
 
     Args:
         calls: all calls of one rollout, as records or as columns.
@@ -64,6 +64,8 @@ def build(
     tokens = Tokens(columns)
     kept_out = examine(columns, tokens, incomplete=rollout is not None and rollout.incomplete is not None)
     forest = grow(columns, tokens, [row for row in range(len(columns)) if row not in kept_out])
+    for row in nothing_asked(columns, tokens, kept_out):
+        del kept_out[row]
     switches: dict[MaskReason, bool] = {
         "orphan": include_orphans or builder == "polar-splice",  # a rule that knows no orphans
         "auxiliary": include_auxiliary,

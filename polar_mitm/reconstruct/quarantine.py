@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,23 @@ def examine(columns: RolloutColumns, tokens: Tokens, *, incomplete: bool) -> dic
     if len({columns.model_served[row] for row in admitted if columns.replayed_from[row] is None}) > 1:
         keep_out(admitted, "mixed_models")
     return kept_out
+
+
+def nothing_asked(
+    columns: RolloutColumns, tokens: Tokens, kept_out: Mapping[int, QuarantineReason]
+) -> list[int]:
+    """Rows kept out for want of ids that no model was to serve, such as what warms up a WebSocket: there is
+    no sample, and nothing to doubt.
+    """
+    empty = (columns.completion.lengths == 0) & (columns.num_reported == 0)
+    return [
+        row
+        for row, why in kept_out.items()
+        if why == "no_token_ids"
+        and columns.status[row] == "ok"
+        and not (columns.model_served[row] or tokens.num_prompt[row])
+        and empty[row]
+    ]
 
 
 def _where(flags: NDArray[np.bool_]) -> list[int]:

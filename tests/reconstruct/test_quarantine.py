@@ -53,6 +53,17 @@ def test_a_doubtful_call_is_quarantined(fields: dict[str, Any], reason: str, num
     assert [t.trajectory_id for t in trajectories] == ["g"] and report.trained == 1
 
 
+def test_what_no_model_was_to_serve_is_neither_in_a_trajectory_nor_in_doubt() -> None:
+    prewarm = call("w", [], [], role="auxiliary", notes=["prewarm"])
+    trajectories, report = build([prewarm, GOOD])
+    assert [t.trajectory_id for t in trajectories] == ["g"]
+    assert (report.num_calls, report.quarantined, report.quarantined_calls) == (2, {}, ())
+    prewarm.model_served = "m"  # then ids are missing
+    assert build([prewarm, GOOD])[1].quarantined_calls == (("w", "no_token_ids"),)
+    prewarm.model_served, prewarm.usage = "", Usage(completion_tokens=7)
+    assert build([prewarm, GOOD])[1].quarantined == {"no_token_ids": 7}
+
+
 def test_logprob_zero_and_matching_usage_are_fine() -> None:
     certain = call("a", [1], [5], behaviour_logprobs=[0.0], usage=Usage(completion_tokens=1))
     assert checked([certain])[1].trained == 1
