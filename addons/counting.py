@@ -63,7 +63,7 @@ async def _num_tokens(capture: Capture, chat: bytes) -> int:
         if second == 200:
             try:
                 return msgspec.json.decode(tokens, type=_Count).count
-            except msgspec.MsgspecError as error:
+            except vllm.UNREADABLE as error:
                 raise PolarError("overloaded", f"the engine's tokens: {error}") from error
     raise vllm.rejection(status, answer, capture.settings.retry_after_s)
 

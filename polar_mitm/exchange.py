@@ -300,7 +300,8 @@ class Exchange:
         return self._emit(b"".join(out))
 
     def finish(self) -> bytes | Reply:
-        """The engine's answer has ended: the terminal bytes of a stream, or the whole answer."""
+        """The engine's answer has ended: the terminal bytes of a stream, or the whole answer, which a stream
+        is too whose head nobody had a reason to `open`."""
         if self.ended:
             error, self._unsaid = self._unsaid, None
             return b"" if error is None else self._reply("failed", error)
@@ -318,7 +319,8 @@ class Exchange:
             return self.fail(PolarError("internal", f"cannot encode the answer: {error!r}"))
         self._end("ok")
         if self._encoder is not None:
-            return self._emit(tail)
+            end = self._emit(tail)
+            return end if self._released else Reply(200, b"".join(self._sent), self.open())
         self._keep(reply)
         return reply
 

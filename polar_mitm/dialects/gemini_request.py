@@ -94,6 +94,7 @@ def decode(body: bytes, path: str) -> ChatRequest:
 
 def _read(body: bytes) -> wire.Request:
     try:
+        body.decode()  # some of it is read later only, which must not fail then
         return _decode(camelised(body, wire.Request))
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         text, _, path = str(error).partition(" - at `$")

@@ -226,6 +226,9 @@ class _Chunk(Struct, Generic[P]):
     system_fingerprint: str | None = None
 
 
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that it cannot read, those that are not UTF-8 or nested too deeply included."""
+
 _decode_chunk = msgspec.json.Decoder(_Chunk[_Logprob]).decode
 _decode_shown = msgspec.json.Decoder(_Chunk[_ShownLogprob]).decode
 _FINISH: dict[str, FinishReason] = {
@@ -270,7 +273,7 @@ class ChatStream:
                 return
             try:
                 chunk = _decode_chunk(event.data) if self._top is None else _decode_shown(event.data)
-            except msgspec.MsgspecError as error:
+            except UNREADABLE as error:
                 raise PolarError("upstream", f"engine stream: {error}") from error
             if chunk.error is not None:
                 raise PolarError("upstream", f"engine error: {error_text(chunk.error)}")
@@ -382,7 +385,7 @@ def rejection(status: int, body: bytes, retry_after_s: int) -> PolarError:
     """What an engine's non-200 answer means to a harness."""
     try:
         text = error_text(msgspec.json.decode(body))
-    except msgspec.DecodeError:
+    except UNREADABLE:
         text = body[:200].decode("utf-8", "replace") or "no body"
     if status == 400 and ("context length" in text or "longer than the maximum" in text):
         return PolarError("context_overflow", text, status=status, overflow=_overflow(text))
