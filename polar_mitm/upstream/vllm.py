@@ -227,7 +227,7 @@ class _Chunk(Struct, Generic[P]):
 
 
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises for bytes that it cannot read, those that are not UTF-8 or nested too deeply included."""
+"""What msgspec raises for bytes that it cannot read, be it for their UTF-8 or their depth."""
 
 _decode_chunk = msgspec.json.Decoder(_Chunk[_Logprob]).decode
 _decode_shown = msgspec.json.Decoder(_Chunk[_ShownLogprob]).decode

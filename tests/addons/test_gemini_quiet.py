@@ -22,12 +22,12 @@ ASK: dict[str, Any] = {
 @pytest.mark.parametrize("answer", [Answer(tool_calls=[("f", "{}")]), Answer(reasoning="hm"), Answer()])
 @pytest.mark.parametrize("query", ["?alt=sse", ""])
 async def test_an_answer_that_is_only_its_end(answer: Answer, query: str) -> None:
-    async with Running(always(answer)) as (box, _):
-        async with (
-            http_at(box.port, box.interceptor.ca_pem) as client,
-            client.post(URL + query, json=ASK) as got,
-        ):
-            status, wire = got.status, await got.read()
+    async with (
+        Running(always(answer)) as (box, _),
+        http_at(box.port, box.interceptor.ca_pem) as client,
+        client.post(URL + query, json=ASK) as got,
+    ):
+        status, wire = got.status, await got.read()
     assert status == 200, wire
     values = [json.loads(e.data) for e in SSEDecoder().feed(wire)] if query else json.loads(wire)
     assert values[-1]["candidates"][0]["finishReason"] == "STOP"
