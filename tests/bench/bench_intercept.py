@@ -32,12 +32,16 @@ Loads = dict[str, Load]
 
 
 async def measure(
-    *, tokens: int, delay_s: float, rounds: int, calls: int, clients: int, body_bytes: int, stream: bool
-) -> tuple[Loads, float]:
-    """One comparison: what each dialect, both stocks and (without CPU) the engine took; our memory in MiB."""
+    options: argparse.Namespace, tokens: int, delay_s: float, loads: list[tuple[int, int]]
+) -> tuple[list[Loads], float]:
+    """What each dialect, both stocks and (without CPU) the engine took, and our memory in MiB.
+
+    `loads`: one comparison each, (calls per client and round, clients).
+    """
+    stream = delay_s > 0  # stock collects an answer unless told to stream
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        num_ids = body_bytes // 4
+        num_ids = options.body_bytes // 4
         async with (
             fast_engine(tokens, delay_s, num_ids) as url,
             fast_engine(tokens, delay_s, num_ids, certificate=self_signed(path)) as tls_url,
@@ -45,18 +49,21 @@ async def measure(
             stock_mitmdump(tls_url, path, stream=stream) as stock_tls,
             interceptor(url, path, num_rollouts=len(ENDPOINTS)) as ours,
         ):
-            through = engine_body(body_bytes)
+            through = engine_body(options.body_bytes)
             sides = [(stock, through)]
             sides += [
-                (speaking(side, dialect, name=dialect), chat_body(body_bytes, dialect))
+                (speaking(side, dialect, name=dialect), chat_body(options.body_bytes, dialect))
                 for side, dialect in zip(ours, ENDPOINTS, strict=True)
             ]
             sides += [(stock_tls, through)]
-            loads = await alternate(sides, tokens=tokens, rounds=rounds, calls=calls, clients=clients)
             direct = Side(DIRECT, 0, urlsplit(url).port or 0, "localhost", stock.path, plain=True)
-            loads[DIRECT] = Load()
-            await call_repeatedly(direct, through, calls, loads[DIRECT])
-            return loads, rss_mb(ours[0].pid)
+            results = []
+            for calls, clients in loads:
+                many = {"rounds": options.rounds, "calls": calls, "clients": clients}
+                results.append(await alternate(sides, tokens=tokens, **many))
+                results[-1][DIRECT] = Load()
+                await call_repeatedly(direct, through, calls, results[-1][DIRECT])
+            return results, rss_mb(ours[0].pid)
 
 
 def rows(many: Loads, alone: Loads, short: Loads, long: Loads, num_tokens: int) -> dict[str, dict[str, Any]]:
@@ -84,16 +91,13 @@ def rows(many: Loads, alone: Loads, short: Loads, long: Loads, num_tokens: int) 
 
 
 async def _main(options: argparse.Namespace) -> dict[str, Any]:
-    common = {"rounds": options.rounds, "body_bytes": options.body_bytes}
-    quick = {"tokens": 32, "delay_s": 0, "stream": False}
-    alone, _ = await measure(calls=options.calls, clients=1, **quick, **common)
-    clients = options.clients
-    many, memory_mb = await measure(
-        calls=max(5, options.calls // clients), clients=clients, **quick, **common
+    calls, clients, delay_s = options.calls, options.clients, options.delay
+    (alone, many), memory_mb = await measure(
+        options, 32, 0, [(calls, 1), (max(5, calls // clients), clients)]
     )
-    slow = {"delay_s": options.delay, "clients": 8, "calls": max(5, options.calls // 20), "stream": True}
-    short, _ = await measure(tokens=2, **slow, **common)
-    long, _ = await measure(tokens=2 + options.tokens, **slow, **common)
+    paced = [(max(5, calls // 20), 8)]
+    (short,), _ = await measure(options, 2, delay_s, paced)
+    (long,), _ = await measure(options, 2 + options.tokens, delay_s, paced)
     return {"table": rows(many, alone, short, long, options.tokens), "rss_mb": round(memory_mb, 1)}
 
 

@@ -84,27 +84,30 @@ async def litellm_proxy(executable: Path, engine_url: str, folder: Path) -> Asyn
         yield Side("litellm", process.pid, port, "localhost", "", plain=True)
 
 
-async def measure(executable: Path, *, clients: int, **options: Any) -> dict[str, Load]:
-    """Both sides in both dialects, and the engine itself (its first token only)."""
-    body_bytes, delay_s, tokens = options.pop("body_bytes"), options.pop("delay_s"), options["tokens"]
+async def measure(executable: Path, options: argparse.Namespace) -> dict[str, dict[str, Load]]:
+    """Both sides in both dialects, and the engine itself (times only): clients -> side -> what it took."""
     with tempfile.TemporaryDirectory() as folder:
         async with (
-            fast_engine(tokens, delay_s, body_bytes // 4) as url,
+            fast_engine(options.tokens, options.delay, options.body_bytes // 4) as url,
             litellm_proxy(executable, url, Path(folder)) as theirs,
             interceptor(url, Path(folder), num_rollouts=len(DIALECTS)) as ours,
         ):
             sides = []
             for dialect, mine in zip(DIALECTS, ours, strict=True):
-                body = chat_body(body_bytes, dialect)
+                body = chat_body(options.body_bytes, dialect)
                 sides += [(speaking(mine, dialect), body), (speaking(theirs, dialect), body)]
-            loads = await alternate(sides, clients=clients, **options)
             port = urlsplit(url).port or 0
             direct = Side("engine", 0, port, "localhost", ENDPOINTS["openai_chat"][1], plain=True)
-            loads[direct.name] = Load()
-            await call_repeatedly(
-                direct, chat_body(body_bytes, "openai_chat"), options["calls"], loads[direct.name]
-            )
-    return loads
+            body = chat_body(options.body_bytes, "openai_chat")
+            results = {}
+            for clients in (1, options.clients):
+                calls = max(5, options.calls // clients)
+                many = {"rounds": options.rounds, "calls": calls, "clients": clients}
+                loads = await alternate(sides, tokens=options.tokens, **many)
+                loads[direct.name] = Load()
+                await call_repeatedly(direct, body, calls, loads[direct.name])
+                results[f"{clients} in flight"] = loads
+    return results
 
 
 def rows(loads: dict[str, Load]) -> dict[str, dict[str, Any]]:
@@ -124,20 +127,6 @@ def rows(loads: dict[str, Load]) -> dict[str, dict[str, Any]]:
     return table
 
 
-async def _main(options: argparse.Namespace) -> dict[str, Any]:
-    executable = options.litellm or installed(options.version)
-    common = {
-        "body_bytes": options.body_bytes,
-        "delay_s": options.delay,
-        "tokens": options.tokens,
-        "rounds": options.rounds,
-    }
-    alone = await measure(executable, clients=1, calls=options.calls, **common)
-    calls = max(5, options.calls // options.clients)
-    many = await measure(executable, clients=options.clients, calls=calls, **common)
-    return {"1 client": rows(alone), f"{options.clients} clients": rows(many)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--litellm", type=Path, help="its executable (default: installed in the cache)")
@@ -150,7 +139,8 @@ def main() -> None:
     parser.add_argument("--body-bytes", type=int, default=50_000, help="request size (default 50000)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
-    results = asyncio.run(_main(options))
+    executable = options.litellm or installed(options.version)
+    results = {name: rows(loads) for name, loads in asyncio.run(measure(executable, options)).items()}
     if options.json:
         print(json.dumps(results))
         return
