@@ -102,11 +102,13 @@ class _Engine(ScriptedEngine):
 
 async def _run(command: list[Any], script: Teller) -> tuple[EngineInfo, list[EngineCall]]:
     """Run `polar-mitm run` against the script; the engine, and its own account of its calls."""
+    # Codex over HTTP: its messages on a WebSocket go on from one another, and files hold one call each.
+    env = {**os.environ, "TERM": "dumb", "POLAR_MITM_WEBSOCKET": "false"}
     async with _Engine(script) as engine:
         info = await probe(engine.url)
         engine.calls.clear()
         process = await asyncio.create_subprocess_exec(
-            POLAR_MITM, "run", "--engine", engine.url, *command, env={**os.environ, "TERM": "dumb"}
+            POLAR_MITM, "run", "--engine", engine.url, *command, env=env
         )
         if code := await process.wait():
             raise SystemExit(f"{command}: exit code {code}")
