@@ -99,11 +99,13 @@ class Responses:
             own = list(_own(asked.input))
         except _unreadable:
             return body  # decoding says what is wrong with it
-        before: list[bytes] = []
+        items = [self._resolved(item) for item in own]
         if asked.previous_response_id is not None:
-            before = self._history(asked.previous_response_id)
-            del fields["previous_response_id"]
-        fields["input"] = Raw(b"[" + b",".join([*before, *map(self._resolved, own)]) + b"]")
+            items = [*self._history(asked.previous_response_id), *items]
+        elif items == own:  # it has the words, and refers to nothing
+            return body
+        fields.pop("previous_response_id", None)
+        fields["input"] = Raw(b"[" + b",".join(items) + b"]")
         return msgspec.json.encode(fields)
 
     def keep(self, dialect: str, wire: Wire) -> None:
@@ -151,7 +153,10 @@ class Responses:
         raw = bytes(item)
         if b'"item_reference"' not in raw:
             return raw
-        head = _item(raw)
+        try:
+            head = _item(raw)
+        except _unreadable:
+            return raw
         return self._outputs.get(head.id or "", raw) if head.type == "item_reference" else raw
 
     def _evict(self, newest: str) -> None:

@@ -147,6 +147,19 @@ def test_a_reference_to_an_item_is_the_item() -> None:
     assert whole(responses, input=[unknown]) == [unknown]  # which decoding refuses, naming the item
 
 
+@pytest.mark.parametrize("item", ["item_reference", {"type": "item_reference", "id": 5}])
+def test_what_is_no_reference_is_left_to_decoding(item: object) -> None:
+    responses = Responses()
+    responses.keep(NAME, wire(whole_answer(said("resp_1", SAID)), "x"))
+    assert whole(responses, input=[item]) == [item]
+    assert whole(responses, input=[item], previous_response_id="resp_1")[1:] == [SAID, item]
+
+
+def test_a_null_reference_refers_to_nothing() -> None:
+    body = b'{"model": "m", "previous_response_id": null}'
+    assert Responses().whole(NAME, body) == body
+
+
 def test_the_least_recently_used_is_forgotten_first() -> None:
     responses = Responses(max_bytes=5_000)
     responses.keep(NAME, wire(whole_answer(said("old", {**SAID, "id": "msg_old"})), "x" * 1_500))
