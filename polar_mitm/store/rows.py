@@ -192,7 +192,7 @@ def logged(*row: Any) -> str:
     return _json.encode(columns).decode()
 
 
-class _Http(msgspec.Struct):
+class _Http(msgspec.Struct, omit_defaults=True):
     """What the column `http` holds."""
 
     method: str
