@@ -181,7 +181,9 @@ class MessageCalls(Protocol):
 def accept(request: http.Request) -> tuple[http.Response, PerMessageDeflate | None] | None:
     """The 101 that accepts an upgrade, and the compression agreed on; None for a malformed request."""
     key = request.headers.get("sec-websocket-key", "")
-    if not key or request.headers.get("sec-websocket-version") != "13" or request.http_version != "HTTP/1.1":
+    if not key or not key.isascii():
+        return None
+    if request.headers.get("sec-websocket-version") != "13" or request.http_version != "HTTP/1.1":
         return None
     headers = {
         "upgrade": "websocket",

@@ -53,13 +53,18 @@ def headers_of(wire: Wire) -> dict[str, str]:
     try:
         fields = msgspec.json.decode(wire.request_body, type=dict[str, Raw])
         metadata = msgspec.json.decode(fields.get("client_metadata", b"{}"), type=dict[str, Raw])
+        texts = {
+            name: msgspec.json.decode(value, type=str)
+            for name, value in metadata.items()
+            if bytes(value).startswith(b'"')
+        }
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return headers
-    for name, value in metadata.items():
+    for name, text in texts.items():
         if name.startswith(_METADATA_HEADER):
             name = name.removeprefix(_METADATA_HEADER).replace("_", "-")
-        if name.startswith("x-") and bytes(value).startswith(b'"'):
-            headers[name.lower()] = msgspec.json.decode(value, type=str)
+        if name.startswith("x-"):
+            headers[name.lower()] = text
     return headers
 
 

@@ -13,8 +13,9 @@ from mitmproxy import http
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import BytesMessage, CloseConnection, Ping, Pong, TextMessage
 from wsproto.extensions import PerMessageDeflate
+from wsproto.utilities import LocalProtocolError
 
-from polar_mitm_addons.websocket import Socket
+from polar_mitm_addons.websocket import Socket, accept
 from tests.support.engine_bytes import split
 
 FLOW = cast(http.HTTPFlow, SimpleNamespace(client_conn=SimpleNamespace(id="c"), live=True))
@@ -115,3 +116,96 @@ async def test_a_close_is_answered_and_ends_what_is_under_way(cancelled: bool) -
     socket.gone()
     assert left == [True] * cancelled and await socket.next() is None
     assert not await socket.send(b'{"too":"late"}\n')
+
+
+# --- frames that are nearly right ------------------------------------------------------------------------
+
+_FRAMES = st.lists(
+    st.sampled_from(
+        [
+            TextMessage("hé", message_finished=False),
+            TextMessage("llo"),
+            TextMessage("x" * 300),
+            BytesMessage(b"\xff\xfe"),
+            Ping(b"p"),
+            Pong(b"p"),
+            CloseConnection(1000, "bye"),
+            CloseConnection(4999, "é" * 40),
+        ]
+    ),
+    min_size=1,
+    max_size=6,
+)
+_CHANGES = st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 255)), max_size=3)
+
+
+@given(
+    frames=_FRAMES,
+    changes=_CHANGES,
+    cuts=st.lists(st.integers(0, 1000), max_size=4),
+    compressed=st.booleans(),
+)
+@settings(max_examples=100)
+def test_changed_frames_get_frames_or_nothing(
+    frames: list[Any], changes: list[tuple[int, int]], cuts: list[int], compressed: bool
+) -> None:
+    """What is said to them a client can read, and nothing more is said once the connection is over."""
+
+    async def run() -> None:
+        client, socket = pair(compressed)
+        data = bytearray()
+        for frame in frames:
+            try:
+                data += client.send(frame)
+            except LocalProtocolError:  # after a close, or between fragments
+                break
+        for at, byte in changes:
+            data[at % len(data)] = byte
+        answered = b"".join(socket.received(piece) for piece in split(bytes(data), cuts))
+        reader, _ = pair(compressed)
+        reader.receive_data(answered)
+        said = list(reader.events())
+        assert all(isinstance(event, Pong | Ping | CloseConnection) for event in said)
+        closes = [event for event in said if isinstance(event, CloseConnection)]
+        assert len(closes) <= 1 and (not closes or closes[0].code not in (1005, 1006))
+        for message in await waiting(socket):
+            assert len(message) <= LIMIT
+
+    asyncio.run(run())
+
+
+_header = st.text(st.characters(max_codepoint=0xFF), max_size=30).map(lambda text: text.encode("latin-1"))
+_offer = st.lists(
+    st.sampled_from(
+        [
+            "permessage-deflate",
+            "client_max_window_bits",
+            "server_max_window_bits=",
+            "=99",
+            "8",
+            ";",
+            ",",
+            '"',
+            " ",
+        ]
+    ),
+    max_size=8,
+).map(lambda parts: "".join(parts).encode())
+
+
+@given(key=_header, offer=_offer | _header)
+@settings(max_examples=150)
+def test_any_upgrade_is_accepted_or_is_not(key: bytes, offer: bytes) -> None:
+    request = http.Request.make("GET", "http://host/v1/responses")
+    request.headers = http.Headers(
+        [
+            (b"sec-websocket-key", key),
+            (b"sec-websocket-version", b"13"),
+            (b"sec-websocket-extensions", offer),
+        ]
+    )
+    found = accept(request)
+    if found is not None:
+        response, deflate = found
+        assert response.status_code == 101 and len(response.headers["sec-websocket-accept"]) == 28
+        assert ("sec-websocket-extensions" in response.headers) == (deflate is not None)
