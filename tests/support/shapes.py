@@ -128,7 +128,11 @@ def _chat(stream: bytes, whole: bool) -> None:
     else:
         is_error("openai_chat", json.loads(last))
     for event in events:
-        _is(ChatCompletionChunk, json.loads(event.data))
+        value = json.loads(event.data)
+        for choice in value["choices"]:  # custom tools are in the API's streams, but not in the SDK's types
+            calls = choice["delta"].get("tool_calls", ())
+            choice["delta"] |= {"tool_calls": [c for c in calls if c.get("type") != "custom"]}
+        _is(ChatCompletionChunk, value)
 
 
 def _gemini(stream: bytes, whole: bool, array: bool) -> None:
