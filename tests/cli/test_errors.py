@@ -85,7 +85,7 @@ RUNNING = [
     (
         "run --store new.duckdb --engine {engine} --harness nope --prompt x",
         125,
-        "there are claude-code, codex, opencode, pi, sdk-agent",
+        "there are claude-code, codex, gemini-cli, opencode, pi, qwen-code, sdk-agent",
     ),
     (
         "run --store new.duckdb --engine {engine} --harness recipe.toml --prompt x",
@@ -123,7 +123,11 @@ RUNNING = [
     ("up --store new.duckdb --engine http://127.0.0.1:9", 3, "no engine answers"),
     ("demo --store folder", 2, "is a directory"),
     ("demo --timeout 0", 2, "--timeout"),
-    ("demo --harness codex --harness nope", 2, "takes one of claude-code, codex, opencode, pi, sdk-agent"),
+    (
+        "demo --harness codex --harness nope",
+        2,
+        "takes one of claude-code, codex, gemini-cli, opencode, pi, qwen-code",
+    ),
 ]
 
 
