@@ -28,6 +28,7 @@ EXAMPLES = (
     "$ polar-mitm collect -s test.duckdb --harness codex --tasks ./tasks --split test --json"
 )
 _MAX_ROWS = 40
+_MAX_REASONS = 5
 _BAR = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
 
 
@@ -180,8 +181,11 @@ def _tell(groups: list[dict[str, Any]], seconds: float, store: Path) -> None:
         f"mean reward {_figure(total['mean_reward'])} of {total['with_reward']}, "
         f"{plural(total['calls'], 'call')}, {plural(total['sampled_tokens'], 'sampled token')}"
     )
-    for why, number in total["no_reward"].most_common(5):
+    reasons = total["no_reward"].most_common()
+    for why, number in reasons[:_MAX_REASONS]:
         say(f"{plural(number, 'rollout')} without a reward: {why}", style="yellow")
+    if more := sum(number for _, number in reasons[_MAX_REASONS:]):
+        say(f"{plural(more, 'rollout')} without a reward for other reasons: --json has them", style="yellow")
     if total["incomplete"]:
         say(f"{plural(total['incomplete'], 'rollout')} incomplete, and never trained on", style="red")
     say(f"store {store}")

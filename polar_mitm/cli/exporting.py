@@ -85,9 +85,14 @@ class Selection:
             else:
                 self.num_unsaid += 1
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """`left_out`, without the reasons that nothing had."""
+        return {why: n for why, n in self.left_out.items() if n}
+
     def tell(self) -> None:
         """How many were left out, and why."""
-        if reasons := ", ".join(f"{n} {why}" for why, n in self.left_out.items() if n):
+        if reasons := ", ".join(f"{n} {why}" for why, n in self.counts.items()):
             say(f"rollouts left out: {reasons}", style="yellow")
         if self.num_unsaid:
             unsaid = plural(self.num_unsaid, "trajectory", "trajectories")

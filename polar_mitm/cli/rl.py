@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -63,9 +65,11 @@ def rl(
     harness, settings = _ready(told)
     found = None if told.engine.url is None else _probed(told.engine.url)  # before a policy that takes long
     told.out.mkdir(parents=True, exist_ok=True)
-    with progress("loading the policy"):
-        worker = Worker(told.train, told.out / "worker.log", num_processes=told.num_processes)
-    with worker:
+    with ExitStack() as stack:
+        stack.enter_context(_alone(told.out))
+        with progress("loading the policy"):
+            worker = Worker(told.train, told.out / "worker.log", num_processes=told.num_processes)
+        stack.enter_context(worker)
         history = _begin(told, worker, resume)
         with nullcontext(found) if found else _engine(told, worker) as info:
             try:
@@ -78,6 +82,20 @@ def rl(
             finally:
                 _write_trajectories(told)
     _tell(told, history, json)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The end of the command where another process works in this folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another polar-mitm rl works in {folder}")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _check(config: RlConfig, resume: bool) -> None:
@@ -181,7 +199,10 @@ async def _run(
     adapter = config.policy.lora is not None
     served = msgspec.structs.replace(info, model=LORA) if adapter else info
     told = config.rollouts
-    async with embedded(settings, served, (config.out / STORE).absolute()) as host:
+    store = (config.out / STORE).absolute()
+    async with embedded(settings, served, store) as host:
+        if host.store != store:
+            fail(f"{store} is being written by another process: this run would not be in it")
         changed = host.interceptor.capture.policy_changed
         async with (
             EngineWeights(info.url, info.model, told=changed) as weights,
@@ -279,6 +300,8 @@ def _tell(config: RlConfig, history: History, json: bool) -> None:
             }
         )
         return
+    if not history.version:
+        say("nothing was learned: in no group were the rewards unequal", style="yellow")
     if rewards:
         tell(f"reward in training: {rewards[0]:.3f} at first, {rewards[-1]:.3f} at last")
     if before and after:

@@ -192,7 +192,8 @@ def export(
     except OSError as error:
         fail(f"--out: {out} cannot be written: {error.strerror}")
     if json:
-        print_json({"path": out, "what": what, "format": format, "num_rows": num_rows})
+        document = {"path": out, "what": what, "format": format, "num_rows": num_rows}
+        print_json(document if format is Format.parquet else {**document, "left_out": selection.counts})
     else:
         tell(f"{num_rows} {what} written to {out}")
 

@@ -43,6 +43,7 @@ def examine(columns: RolloutColumns, tokens: Tokens, *, incomplete: bool) -> dic
         keep_out(sorted(set(range(len(columns))) - set(tokens.order)), "lost_prefix")
     num_sampled, reported = columns.completion.lengths, columns.num_reported
     keep_out(_where((np.array(tokens.num_prompt) == 0) | (num_sampled == 0)), "no_token_ids")
+    keep_out(_where((columns.logprobs.lengths == 0) & (num_sampled > 0)), "no_logprobs")
     wrong_count = (reported != 0) & (reported != num_sampled)
     keep_out(_where((columns.logprobs.lengths != num_sampled) | wrong_count), "length_mismatch")
     keep_out(_rows_with_bad_logprobs(columns.logprobs), "bad_logprob")

@@ -35,6 +35,7 @@ QuarantineReason = Literal[
     "context_mismatch",  # the engine did not use the prompt ids that it was sent
     "no_token_ids",  # prompt ids or sampled ids are missing
     "bad_token_id",  # negative, or beyond 32 bits
+    "no_logprobs",
     "length_mismatch",  # ids, logprobs and the engine's own count disagree
     "bad_logprob",  # NaN, infinite, positive, or vLLM's -9999.0 for "impossible"
     "mixed_tokenizers",  # the rollout's calls used several, whose ids must not meet

@@ -138,7 +138,13 @@ def _tokenizer() -> Any:
 
 def test_verl_has_the_fields_of_an_agent_loop(polar: Polar, judged: Path, tmp_path: Path) -> None:
     out = tmp_path / "verl.parquet"
-    assert polar("export", "-s", judged, "-o", out, "--format", "verl", "--json").json["num_rows"] == 2
+    assert polar("export", "-s", judged, "-o", out, "--format", "verl", "--json").json == {
+        "path": str(out),
+        "what": "trajectories",
+        "format": "verl",
+        "num_rows": 2,
+        "left_out": {"no 'reward'": 1, "of evaluations": 1},
+    }
     table = pq.read_table(out)
     first = table.to_pylist()[0]
     assert first == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -161,6 +162,23 @@ def test_rollouts_that_go_on_are_not_too_stale(
         "('tokens/trained', 'tokens/masked', 'tokens/left_out')) FROM run.metrics",
     )
     assert counted == [(0.0,)]
+
+
+@pytest.mark.e2e
+def test_one_run_in_a_folder_at_a_time(
+    polar: Polar, model: Path, configured: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    other = os.open(out, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    try:
+        with engine(model) as url:
+            told = polar("rl", configured(url))
+    finally:
+        os.close(other)
+    assert told.code == 2 and "another polar-mitm rl works in" in told.err
+    assert list(out.iterdir()) == []
 
 
 def _whole(tmp_path: Path, fields: dict[str, Any]) -> dict[str, Any]:

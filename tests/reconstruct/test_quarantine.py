@@ -30,7 +30,7 @@ GOOD = call("g", [1, 2], [3])
             7,
         ),
         ({"behaviour_logprobs": [-1.0]}, "length_mismatch", 2),
-        ({"behaviour_logprobs": []}, "length_mismatch", 2),
+        ({"behaviour_logprobs": []}, "no_logprobs", 2),
         ({"usage": Usage(completion_tokens=3)}, "length_mismatch", 3),
         ({"usage": Usage(completion_tokens=1)}, "length_mismatch", 2),
         ({"behaviour_logprobs": [-1.0, float("nan")]}, "bad_logprob", 2),
