@@ -254,7 +254,7 @@ def test_other_weights_are_counted_where_nothing_else_is(polar: Polar, store: Pa
 
 def test_help_names_it_among_those_that_say_no(polar: Polar) -> None:
     told = " ".join(polar("--help").out.split())
-    assert "the answer is no (doctor, engine status, reconstruct, verify, replay, demo)" in told
+    assert "the answer is no (doctor, engine status, reconstruct, verify, replay, demo, conformance)" in told
 
 
 def test_no_store(polar: Polar, tmp_path: Path) -> None:
