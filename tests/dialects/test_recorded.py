@@ -124,6 +124,10 @@ def test_history_comes_back_as_it_was_answered(run: Run) -> None:
     answered: list[tuple[str, Message]] = []
     for call in run.thread:
         history = [m for m in call.decode().messages if m.role == "assistant"]
+        if run.folder.name == "qwen-code-engine-error" and not answered:  # keeps what came before it broke
+            kept = [(m.text, m.minted_ids) for m in history]
+            assert kept == ([] if call is run.thread[0] else [("I will w", [])])
+            history = []
         assert len(history) == len(answered)
         for returned, (call_id, sampled) in zip(history, answered, strict=True):
             assert returned.text == sampled.text
