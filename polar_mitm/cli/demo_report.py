@@ -58,7 +58,7 @@ def tell_demo(demo: Demo, json: bool) -> bool:
             _tell_run(ran, found, counts, refused)
         _tell_tables(demo, rates, reports)
         _tell_what_next(demo)
-    return all(any(call.status == "ok" for call in found) for found in calls)
+    return all(any(call.status == "ok" and call.completion_token_ids for call in found) for found in calls)
 
 
 def _document(demo: Demo, rates: list[float | None], reports: list[BuildReport]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ async def test_engine_dies(name: str, cli: Cli, tmp_path: Path) -> None:
     store = tmp_path / "run.duckdb"
     async with HarnessEngine(droning) as engine:
         run = await cli.run(
-            "--store", store, "--engine", engine.url, "--timeout", 20, command=HARNESSES[name]
+            "--store", store, "--engine", engine.url, "--timeout", 45, command=HARNESSES[name]
         )
         await begun(engine, run)
     done = await run.ended()  # it tried again, in vain

@@ -26,6 +26,7 @@ from polar_mitm.conformance.scripts import Answer, Script, shell_call
 from polar_mitm.errors import SetupError
 from polar_mitm.reconstruct import build
 from polar_mitm.store import open_reader
+from polar_mitm.store.schema import StoreLocked
 from polar_mitm.tasks import Attempt, Task
 from polar_mitm.types import Reward, Rollout
 from polar_mitm.upstream.probe import probe
@@ -375,8 +376,11 @@ async def test_a_killed_collect_loses_no_committed_record(
         def seen() -> dict[str, Reward]:
             if not store.exists():
                 return {}
-            with open_reader(store) as reader:
-                return {reward.rollout_id: reward for reward in reader.rewards()}
+            try:
+                with open_reader(store) as reader:
+                    return {reward.rollout_id: reward for reward in reader.rewards()}
+            except StoreLocked:  # it is starting: the file is taken, and not yet shared
+                return {}
 
         async def rewarded() -> dict[str, Reward]:
             while len(found := await asyncio.to_thread(seen)) < 5:
