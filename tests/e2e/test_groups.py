@@ -223,6 +223,35 @@ async def test_what_fails_does_not_sink_its_group(
     assert rollouts[unjudged.rollout_id].stop_reason == f"exit 7; no reward: {unjudged.no_reward}"
 
 
+async def test_what_the_engine_fails_at_is_not_judged(
+    hosted: Hosted, store: Path, program: Callable[..., Harness]
+) -> None:
+    """Unless it answered in the end, or the prompt was too long, which is the agent's doing."""
+    too_long = {"error": {"message": "This model's maximum context length is 9 tokens."}}
+    refusals = {
+        "down": itertools.repeat(Answer(status=500)),
+        "again": iter([Answer(status=500)]),
+        "long": itertools.repeat(Answer(status=400, error=too_long)),
+    }
+
+    def script(request: dict[str, Any], nth: int) -> Answer:
+        fine = Answer(text="fine")
+        return fine if is_probe(request) else next(refusals[request["messages"][-1]["content"]], fine)
+
+    def ask(kind: str) -> str:
+        once = ASK.replace('"go"', repr(kind))
+        return f"ask = {once!r}\ntry: exec(ask)\nexcept OSError: exec(ask)"
+
+    tasks = [Task(kind, ask(kind), reward=lambda attempt: attempt.exit_code) for kind in refusals]
+    async with HarnessEngine(script) as engine, hosted(engine) as host:
+        done = await all_of(GroupRunner(host, program(sys.executable)), tasks, 1)
+    by_kind = {group.task.task_id: group.rollouts[0] for group in done}
+    assert {kind: each.reward for kind, each in by_kind.items()} == {"down": None, "again": 0.0, "long": 1.0}
+    assert (by_kind["down"].no_reward or "").startswith("the engine failed: overloaded: ")
+    rollouts, _ = recorded(store)
+    assert "no reward: the engine failed" in (rollouts[by_kind["down"].rollout_id].stop_reason or "")
+
+
 async def test_tasks_that_cannot_be_made(
     hosted: Hosted, store: Path, program: Callable[..., Harness], tmp_path: Path
 ) -> None:
