@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 RECORD_TIMEOUT_S = 10.0
 MAX_EVENTS_PER_NAME = 100
 MAX_NAMES = 1000
+_OF_ENGINE = ("overloaded:", "upstream:")  # not a prompt that is too long, which is the agent's doing
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Session:
     num_sampled_tokens: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     incomplete: str | None = None
+    engine_failure: str | None = None
+    """What ended the last call, where it was the engine and no call has been answered since."""
     closed: bool = False
     seq: int = 0
     lineage: Lineage = field(default_factory=Lineage)
@@ -90,6 +93,10 @@ class Capture:
     async def record(self, session: Session, call: ModelCall) -> None:
         """Make a call durable. Whatever goes wrong here, the harness gets its answer."""
         session.num_calls += 1
+        if call.status == "ok":
+            session.engine_failure = None
+        elif call.status == "failed" and (call.error or "").startswith(_OF_ENGINE):
+            session.engine_failure = call.error
         try:
             self.observe(call)
             async with asyncio.timeout(RECORD_TIMEOUT_S):

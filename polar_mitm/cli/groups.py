@@ -102,6 +102,7 @@ class GroupRollout:
     no_reward: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     incomplete: str | None = None
+    engine_failure: str | None = None
     calls: int = 0
     sampled_tokens: int = 0
     seconds: float = 0.0
@@ -133,7 +134,8 @@ class GroupRunner:
                     ...
 
     When the block ends, so does every rollout that is under way, and is recorded as interrupted. A rollout
-    that does not start, or whose reward fails, has no reward; its group goes on without it.
+    that does not start, whose last call the engine failed to answer, or whose reward fails, has no reward;
+    its group goes on without it.
 
     Args:
         concurrency: how many harnesses run at once; twice the cores by default, but four at least.
@@ -225,6 +227,8 @@ class GroupRunner:
                 ran = await self._ran(job, task, rollout)
             if ran.exit_code is None or task.reward is None:
                 return ran
+            if ran.engine_failure:  # whatever it did then was not the policy's doing
+                return await self._unjudged(ran, rollout, f"the engine failed: {ran.engine_failure}")
             async with self._judging:
                 return await self._judged(ran, task, job.workdir, rollout, scratch)
         finally:
@@ -251,6 +255,7 @@ class GroupRunner:
                     exit_code=outcome.exit_code,
                     no_reward="nobody judges this task",
                     incomplete=outcome.incomplete,
+                    engine_failure=outcome.engine_failure,
                     calls=outcome.calls,
                     sampled_tokens=outcome.sampled_tokens,
                     seconds=outcome.seconds,
@@ -273,6 +278,11 @@ class GroupRunner:
         rollout.engine, rollout.model = engine.url, engine.model
         await asyncio.wrap_future(self._host.interceptor.recorder.rollout(rollout))
 
+    async def _unjudged(self, ran: GroupRollout, rollout: Rollout, why: str) -> GroupRollout:
+        rollout.stop_reason = f"{rollout.stop_reason}; no reward: {why}"
+        await asyncio.wrap_future(self._host.interceptor.recorder.rollout(rollout))
+        return replace(ran, no_reward=why, stop_reason=rollout.stop_reason)
+
     async def _judged(
         self, ran: GroupRollout, task: Task, workdir: Path, rollout: Rollout, scratch: Path
     ) -> GroupRollout:
@@ -281,9 +291,7 @@ class GroupRunner:
         try:
             verdict = await judge(Attempt(task, workdir, ran.stdout, ran.exit_code, rollout.status), scratch)
         except NoVerdict as error:
-            rollout.stop_reason = f"{rollout.stop_reason}; no reward: {error}"
-            await asyncio.wrap_future(recorder.rollout(rollout))
-            return replace(ran, no_reward=str(error), stop_reason=rollout.stop_reason)
+            return await self._unjudged(ran, rollout, str(error))
         rows = _rows(verdict, rollout.rollout_id, verifier(task))
         durable = await asyncio.gather(*(asyncio.wrap_future(recorder.reward(row)) for row in rows))
         if not all(durable):

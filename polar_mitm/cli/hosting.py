@@ -32,6 +32,7 @@ class Served:
     num_sampled_tokens: int = 0
     refused: dict[str, int] = field(default_factory=dict)
     incomplete: str | None = None
+    engine_failure: str | None = None
 
 
 class Host(Protocol):
@@ -79,7 +80,11 @@ class EmbeddedHost:
             return Served()
         await self.interceptor.close_rollout(session, rollout)
         return Served(
-            session.num_calls, session.num_sampled_tokens, dict(session.refused), rollout.incomplete
+            session.num_calls,
+            session.num_sampled_tokens,
+            dict(session.refused),
+            rollout.incomplete,
+            session.engine_failure,
         )
 
 

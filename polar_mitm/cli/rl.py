@@ -138,6 +138,7 @@ def _probed(url: str) -> EngineInfo:
 def _begin(config: RlConfig, worker: Worker, resume: bool) -> History:
     """Where the run is; what it has recorded after that is forgotten, since it comes again."""
     from polar_mitm.cli.rl_loop import History
+    from polar_mitm_trainer.rundb import RunDB, differences
 
     if not resume:
         return History()
@@ -145,6 +146,9 @@ def _begin(config: RlConfig, worker: Worker, resume: bool) -> History:
     if position is None:
         say(f"{config.out} has no checkpoint yet: beginning anew", style="yellow")
         return History()
+    *_, then = RunDB.recorded(config.out)
+    if changed := differences(then, config.model_dump(mode="json")):
+        say(f"from here on with other options: {'; '.join(changed)}", style="yellow")
     version = worker.version()
     say(f"going on after step {position['iteration']}, with step-{version}")
     return History(**position, version=version, saved=version)

@@ -34,6 +34,8 @@ class Outcome:
     seconds: float
     store: Path | None
     """The database that it went to; None where another interceptor keeps it."""
+    engine_failure: str | None = None
+    """Why the engine did not answer its last call, where it did not."""
 
 
 @dataclass
@@ -117,6 +119,7 @@ async def run_rollout(job: Job, host: Host, rollout: Rollout | None = None) -> O
         incomplete=served.incomplete,
         seconds=round(time.monotonic() - begun_at, 2),
         store=host.store,
+        engine_failure=served.engine_failure,
     )
 
 

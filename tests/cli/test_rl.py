@@ -242,6 +242,7 @@ def test_a_learner_that_is_killed(model: Path, configured: Callable[..., Path], 
         path = configured(url, **{"": _whole(tmp_path, {"steps": 1})})
         told = finish(launch("rl", path, "--resume"), timeout=120)
     assert told.code == 0, told.err
+    assert "from here on with other options: " in told.err and "steps: 1000, now 1" in told.err
 
 
 def _children(pid: int) -> list[int]:

@@ -119,7 +119,7 @@ def test_what_cannot_enter_is_told_and_so_is_the_model(polar: Polar, model: Path
     told = polar(*command, tmp_path / "out")
     assert told.code == 0, told.err
     words = " ".join(told.err.split())
-    assert "left out: 2 sampled tokens length_mismatch, 3 incomplete_rollout (first: a call is miss" in words
+    assert "left out: 2 sampled tokens no_logprobs, 3 incomplete_rollout (first: a call is miss" in words
     assert " of 'tiny', snapshot " in " ".join(told.out.split())
     told = polar(*command, tmp_path / "other", "--served-as", "large")
     assert told.code == 2 and "6 of another model ('tiny', the policy is 'large')" in " ".join(

@@ -225,7 +225,7 @@ def test_what_cannot_be_selected_is_told(tmp_path: Path) -> None:
     holes = [rollout(f"holes{n}", "g0", 1.0, incomplete="a call is missing") for n in range(3)]
     unjudged = rollout("unjudged", "g0", None, incomplete="killed")
     path = record(tmp_path / "s.duckdb", [*groups(1), bare, *holes, unjudged])
-    expected = {"incomplete_rollout (first: a call is missing)": 3, "sampled tokens length_mismatch": 2}
+    expected = {"incomplete_rollout (first: a call is missing)": 3, "sampled tokens no_logprobs": 2}
     found = selected(path, resolve_query("all"))
     assert found.left_out == expected and [each.rollout_id for each in found.bystanders] == ["bare"]
     found.save(tmp_path / "snapshot.json")
@@ -243,7 +243,7 @@ def test_an_engine_without_logprobs_leaves_nothing_to_select(tmp_path: Path) -> 
     bare = {"behaviour_logprobs": []}
     some = [rollout(f"a{n}", "g", float(n), num_calls=1, first=bare) for n in range(3)]
     message = refusal(record(tmp_path / "s.duckdb", some), resolve_query("all"))
-    assert message == "the query selects no trajectory; sampled tokens in none: length_mismatch 6"
+    assert message == "the query selects no trajectory; sampled tokens in none: no_logprobs 6"
 
 
 # --- what cannot be trained on --------------------------------------------------------------------------
