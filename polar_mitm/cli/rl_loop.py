@@ -157,6 +157,9 @@ class RlLoop:
         """Learn from groups, and bring the engine to the new weights."""
         rollouts = [each for group in groups for each in group.rollouts]
         rewards = [each.reward for each in rollouts if each.reward is not None]
+        failed = next((each.engine_failure for each in rollouts if each.engine_failure), None)
+        if failed and not rewards:
+            raise EngineUnfit(f"the engine answered no rollout of a whole step to its end: {failed}")
         if not rewards:
             why = next((each.no_reward for each in rollouts), "there are none")
             raise SetupError(f"no rollout of a whole step was judged: {why}")

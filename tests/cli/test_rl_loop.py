@@ -35,6 +35,7 @@ class World:
     def __init__(self, rewards: tuple[float | None, ...] = (0.0, 1.0)) -> None:
         self.rewards, self.log = rewards, list[str]()
         self.sampled_tokens = 5
+        self.engine_failure: str | None = None
         self.version = 0
         self.made = 0
         self.rows: list[tuple[int, str, int]] = []
@@ -68,11 +69,19 @@ class World:
         rewards = (self.rewards * size)[:size]
         rollouts = tuple(
             GroupRollout(
-                f"{group_id}/{n}", n, "completed", "", 0, reward, None if reward is not None else "it failed",
-                {}, None, 1, self.sampled_tokens, 0.1, "", "", None,
+                f"{group_id}/{n}",
+                n,
+                "completed",
+                "",
+                exit_code=0,
+                reward=reward,
+                no_reward=None if reward is not None else "it failed",
+                engine_failure=self.engine_failure,
+                calls=1,
+                sampled_tokens=self.sampled_tokens,
             )
             for n, reward in enumerate(rewards)
-        )  # fmt: skip
+        )
         return Group(group_id, task, rollouts)
 
     # worker
@@ -257,4 +266,10 @@ async def test_when_nobody_judges(world: World, loop: Start) -> None:
 async def test_when_the_engine_answers_no_more(world: World, loop: Start) -> None:
     world.sampled_tokens = 0
     with pytest.raises(EngineUnfit, match="answered no rollout"):
+        await loop().run()
+
+
+async def test_when_the_engine_answers_no_rollout_to_its_end(world: World, loop: Start) -> None:
+    world.rewards, world.engine_failure = (None,), "connection refused"
+    with pytest.raises(EngineUnfit, match="to its end: connection refused"):
         await loop().run()
