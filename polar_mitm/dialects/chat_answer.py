@@ -20,8 +20,6 @@ from polar_mitm.dialects.responses_answer import ERRORS
 from polar_mitm.errors import PolarError
 from polar_mitm.types import ChatRequest, Completion, TokenLogprob, ToolCall
 
-BROKEN_OFF = "the engine broke off the answer"
-
 _encode = msgspec.json.Encoder().encode
 _Wire = dict[str, Any]
 

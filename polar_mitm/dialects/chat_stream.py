@@ -14,7 +14,6 @@ import msgspec
 
 from polar_mitm import sse
 from polar_mitm.dialects.chat_answer import (
-    BROKEN_OFF,
     broken,
     error_body,
     finish_word,
@@ -26,6 +25,7 @@ from polar_mitm.dialects.chat_answer import (
 from polar_mitm.dialects.chat_tools import FUNCTIONS
 from polar_mitm.dialects.custom_tool import InputUnwrapper
 from polar_mitm.dialects.ids import minted, sibling
+from polar_mitm.dialects.responses_answer import BROKEN_OFF
 from polar_mitm.errors import PolarError
 from polar_mitm.types import ChatRequest, Completion, Delta, TokenLogprob, ToolCallDelta
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from polar_mitm.dialects import chat_answer, chat_request, chat_stream
 from polar_mitm.dialects.base import Reply
 from polar_mitm.dialects.ids import minted
-from polar_mitm.dialects.responses_answer import ERRORS
+from polar_mitm.dialects.responses_answer import BROKEN_OFF, ERRORS
 from polar_mitm.errors import PolarError
 from polar_mitm.types import ChatRequest, Completion
 
@@ -30,7 +30,7 @@ class OpenAIChat:
 
     def encode(self, request: ChatRequest, completion: Completion, call_id: str, created_at: float) -> Reply:
         if chat_answer.broken(completion):
-            return self.encode_error(PolarError("upstream", chat_answer.BROKEN_OFF), call_id)
+            return self.encode_error(PolarError("upstream", BROKEN_OFF), call_id)
         body = chat_answer.whole(request, completion, call_id, created_at)
         return Reply(200, body, _headers("application/json", call_id))
 

@@ -34,7 +34,7 @@ class OpenAIResponses:
     def encode(self, request: ChatRequest, completion: Completion, call_id: str, created_at: float) -> Reply:
         response = responses_stream.whole(request, completion, call_id, created_at)
         if response["status"] == "failed":
-            return self.encode_error(PolarError("upstream", responses_stream.BROKEN_OFF), call_id)
+            return self.encode_error(PolarError("upstream", responses_answer.BROKEN_OFF), call_id)
         return Reply(200, msgspec.json.encode(response), _json_headers(call_id))
 
     def encode_error(self, error: PolarError, call_id: str = "") -> Reply:

@@ -28,6 +28,8 @@ ERRORS: dict[ErrorKind, tuple[int, str, str | None]] = {
     "internal": (500, "server_error", "server_error"),
 }
 """HTTP status, `error.type` and `error.code` of each of our errors."""
+BROKEN_OFF = "the engine broke off the answer"
+"""The message of an error for an answer without an end."""
 
 # Codex gives up at once on `server_is_overloaded` in a stream, but waits and tries again on a rate limit.
 _STREAM_CODES: dict[ErrorKind, str] = {

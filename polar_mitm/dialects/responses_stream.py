@@ -18,7 +18,7 @@ import msgspec
 from polar_mitm import sse
 from polar_mitm.dialects.custom_tool import InputUnwrapper
 from polar_mitm.dialects.ids import minted, seal
-from polar_mitm.dialects.responses_answer import response_object, stream_error, usage_object
+from polar_mitm.dialects.responses_answer import BROKEN_OFF, response_object, stream_error, usage_object
 from polar_mitm.dialects.responses_request import COMPACTION
 from polar_mitm.errors import PolarError
 from polar_mitm.types import (
@@ -29,8 +29,6 @@ from polar_mitm.types import (
     ToolCallDelta,
     engine_tool_name,
 )
-
-BROKEN_OFF = "the engine broke off the answer"
 
 _encode = msgspec.json.Encoder().encode
 _Wire = dict[str, Any]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
-from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import pytest
@@ -13,23 +10,10 @@ from google import genai
 from google.genai import errors, types
 
 from polar_mitm.conformance.scripts import Answer, always, write_file_in_two_turns
-from tests.addons.test_sdks import SHELL, Running
+from tests.addons.test_sdks import SHELL, Running, names_resolve_here  # noqa: F401
 from tests.support.rig import Box, http_at, trusting
 
 HOST = "generativelanguage.googleapis.com"
-
-
-@pytest.fixture(autouse=True)
-def names_resolve_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What the sandbox's resolver does: every name is the interceptor."""
-    real = socket.getaddrinfo
-
-    def here(host: Any, *args: Any, **kwargs: Any) -> Any:
-        name = host.decode() if isinstance(host, bytes) else host
-        return real("127.0.0.1" if name == HOST else host, *args, **kwargs)
-
-    monkeypatch.setattr(socket, "getaddrinfo", here)
-    yield
 
 
 def gemini(box: Box) -> genai.Client:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
@@ -13,24 +11,10 @@ import pytest
 from google import genai
 from google.genai import errors, types
 
-from tests.addons.test_sdks import claude, gpt
+from tests.addons.test_sdks import claude, gpt, names_resolve_here  # noqa: F401
 from tests.support.rig import MESSAGES, Box, Rig, ask, rig, trusting
 
 NOBODY = "http://127.0.0.1:9"
-
-
-@pytest.fixture(autouse=True)
-def names_resolve_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What the sandbox's resolver does: every name is the interceptor."""
-    real = socket.getaddrinfo
-
-    def here(host: Any, *args: Any, **kwargs: Any) -> Any:
-        name = host.decode() if isinstance(host, bytes) else host
-        known = name and name.endswith((".com", ".ai"))
-        return real("127.0.0.1" if known else host, *args, **kwargs)
-
-    monkeypatch.setattr(socket, "getaddrinfo", here)
-    yield
 
 
 def gemini(box: Box) -> genai.Client:

@@ -18,8 +18,8 @@ from polar_mitm.conformance import byte_tokens
 from polar_mitm.conformance.scripted_engine import ScriptedEngine
 from polar_mitm.conformance.scripts import Answer, always
 from polar_mitm.upstream.engine import EngineInfo
-from tests.addons.test_sdks import SHELL, claude, gpt
-from tests.addons.test_side import NOBODY, gemini, names_resolve_here, only_side_traffic  # noqa: F401
+from tests.addons.test_sdks import SHELL, claude, gpt, names_resolve_here  # noqa: F401
+from tests.addons.test_side import NOBODY, gemini, only_side_traffic
 from tests.support.rig import MESSAGES, RESPONSES, Box, Rig, rig
 
 COUNT = "https://api.anthropic.com/v1/messages/count_tokens"

@@ -12,7 +12,8 @@ from google.genai import types
 
 from polar_mitm.dialects.base import Reply
 from polar_mitm.dialects.gemini import Gemini
-from polar_mitm.types import ChatRequest, Completion, Delta, Message, TextPart, ToolCall, ToolCallDelta, Usage
+from polar_mitm.types import ChatRequest, Completion, Delta, Message, TextPart, ToolCall, Usage
+from tests.dialects.answers import split
 
 CALL = "01JD0Z6Q3W8F4M2N5P7R9T1V3X"
 DIALECT = Gemini()
@@ -62,24 +63,6 @@ def answer(
     message = Message("assistant", content, reasoning=reasoning, tool_calls=tool_calls)
     usage = Usage(prompt_tokens=30, completion_tokens=7, cached_tokens=10, reasoning_tokens=2)
     return Completion(message, **({"finish_reason": "stop", "usage": usage} | fields))
-
-
-def pieces(text: str, size: int) -> list[str]:
-    return [text[i : i + size] for i in range(0, len(text), size)]
-
-
-def split(completion: Completion, size: int, choice: int = 0) -> list[Delta]:
-    """The answer as an engine might stream it: `size` characters at a time, with empty chunks between."""
-    message = completion.message
-    deltas = [Delta(reasoning=piece) for piece in pieces(message.reasoning or "", size)]
-    deltas += [Delta(text=piece) for piece in pieces(message.text, size)]
-    for index, call in enumerate(message.tool_calls):
-        deltas.append(Delta(tool_calls=[ToolCallDelta(index, call.name)]))
-        deltas += [Delta(tool_calls=[ToolCallDelta(index, None, p)]) for p in pieces(call.arguments, size)]
-    deltas = [d for delta in deltas for d in (delta, Delta(token_ids=[1], logprobs=[-0.1]))]
-    for delta in deltas:
-        delta.choice = choice
-    return deltas
 
 
 def streamed(request: ChatRequest, deltas: Iterable[Delta], completion: Completion) -> bytes:

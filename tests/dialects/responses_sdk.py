@@ -2,15 +2,20 @@
 
 import importlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import openai
+import pytest
 from openai.types.responses import Response
 
-from polar_mitm.dialects.base import Reply
+from polar_mitm.dialects.base import Dialect, Reply
+from polar_mitm.dialects.ids import minted
 from polar_mitm.dialects.openai_responses import OpenAIResponses
+from polar_mitm.errors import ErrorKind, PolarError
 from polar_mitm.sse import SSEDecoder
-from polar_mitm.types import ChatRequest, Completion, Delta, Message, TextPart, ToolCall, ToolCallDelta
+from polar_mitm.types import ChatRequest, Completion, Delta
+from tests.dialects.answers import gather
 
 CALL = "01JD0Z6Q3W8F4M2N5P7R9T1V3X"
 CREATED = 1732100000.75
@@ -55,21 +60,7 @@ def events(wire: bytes) -> list[dict[str, Any]]:
 
 def completion_of(request: ChatRequest, deltas: list[Delta], **fields: Any) -> Completion:
     """What the exchange makes of these deltas."""
-    calls: dict[int, list[ToolCallDelta]] = {}
-    for part in (p for d in deltas for p in d.tool_calls):
-        calls.setdefault(part.index, []).append(part)
-    tool_calls = []
-    for index, parts in sorted(calls.items()):
-        name = parts[0].name or ""
-        tool = request.find_tool(name)
-        kind, namespace = (tool.kind, tool.namespace) if tool else ("function", None)
-        arguments = "".join(p.arguments for p in parts)
-        own = f"call_{CALL}_{index}"
-        tool_calls.append(ToolCall(own, tool.name if tool else name, arguments, kind, namespace))
-    text = "".join(d.text for d in deltas)
-    reasoning = "".join(d.reasoning for d in deltas) or None
-    message = Message("assistant", [TextPart(text)] if text else [], reasoning, tool_calls)
-    return Completion(message, **({"finish_reason": "tool_calls" if tool_calls else "stop"} | fields))
+    return gather(CALL, request, deltas, **fields)
 
 
 def stream_of(request: ChatRequest, deltas: list[Delta], **fields: Any) -> bytes:
@@ -77,3 +68,39 @@ def stream_of(request: ChatRequest, deltas: list[Delta], **fields: Any) -> bytes
     encoder = DIALECT.encoder(request, CALL, CREATED)
     middle = b"".join([encoder.start(), *map(encoder.delta, deltas)])
     return middle + encoder.finish(completion_of(request, deltas, **fields))
+
+
+each_error = pytest.mark.parametrize(
+    ("kind", "status", "type_", "code", "raised"),
+    [
+        ("bad_request", 400, "invalid_request_error", None, openai.BadRequestError),
+        ("not_found", 404, "invalid_request_error", "not_found", openai.NotFoundError),
+        ("too_large", 413, "invalid_request_error", "request_too_large", openai.APIStatusError),
+        ("context_overflow", 400, "invalid_request_error", "context_length_exceeded", openai.BadRequestError),
+        ("overloaded", 503, "service_unavailable_error", "server_is_overloaded", openai.InternalServerError),
+        ("upstream", 500, "server_error", "server_error", openai.InternalServerError),
+        ("internal", 500, "server_error", "server_error", openai.InternalServerError),
+    ],
+)
+"""What the SDK makes of each of our errors, whichever of OpenAI's APIs says it."""
+
+
+def check_error(
+    dialect: Dialect,
+    ask: Callable[[openai.OpenAI], object],
+    kind: ErrorKind,
+    status: int,
+    type_: str,
+    code: str | None,
+    raised: type[Exception],
+) -> None:
+    """The reply for an error of this kind, and what `ask`ing raises when that is the answer."""
+    reply = dialect.encode_error(PolarError(kind, "what happened"), CALL)
+    error = json.loads(reply.body)["error"]
+    assert (reply.status, error["type"], error["code"]) == (status, type_, code)
+    assert "what happened" in error["message"]
+    assert reply.headers["x-request-id"] == minted("req", CALL)
+    with pytest.raises(raised) as caught:
+        ask(client(reply))
+    assert isinstance(caught.value, openai.APIStatusError)
+    assert (caught.value.status_code, caught.value.code, caught.value.type) == (status, code, type_)

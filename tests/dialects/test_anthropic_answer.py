@@ -32,6 +32,7 @@ from polar_mitm.types import (
     ToolCallDelta,
     Usage,
 )
+from tests.dialects.answers import pieces, split
 
 CALL = "01JD0Z6Q3W0000000000000000"
 dialect = Anthropic()
@@ -123,21 +124,6 @@ _objects = st.dictionaries(
     st.text(max_size=4), st.none() | st.integers() | st.text(max_size=6) | st.lists(st.booleans()), max_size=3
 )
 _calls = st.lists(st.tuples(st.sampled_from(["Bash", "Write"]), _objects.map(json.dumps)), max_size=3)
-
-
-def pieces(text: str, size: int) -> list[str]:
-    return [text[i : i + size] for i in range(0, len(text), size)]
-
-
-def split(completion: Completion, size: int) -> list[Delta]:
-    """The answer as an engine might stream it: `size` characters at a time, with empty chunks between."""
-    message = completion.message
-    deltas = [Delta(reasoning=piece) for piece in pieces(message.reasoning or "", size)]
-    deltas += [Delta(text=piece) for piece in pieces(message.text, size)]
-    for index, call in enumerate(message.tool_calls):
-        deltas.append(Delta(tool_calls=[ToolCallDelta(index, call.name)]))
-        deltas += [Delta(tool_calls=[ToolCallDelta(index, None, p)]) for p in pieces(call.arguments, size)]
-    return [d for delta in deltas for d in (delta, Delta(token_ids=[1], logprobs=[-0.1]))]
 
 
 @settings(deadline=None)

@@ -20,6 +20,7 @@ from polar_mitm.dialects.registry import DIALECTS
 from polar_mitm.errors import ErrorKind, PolarError
 from polar_mitm.sse import SSEDecoder
 from polar_mitm.types import ChatRequest, Completion, Delta, Message, TextPart, TokenLogprob
+from tests.dialects.answers import split
 from tests.dialects.gemini_sdk import (
     ARRAY,
     CALL,
@@ -30,7 +31,6 @@ from tests.dialects.gemini_sdk import (
     client,
     joined,
     responder,
-    split,
     streamed,
 )
 
