@@ -13,13 +13,14 @@ import logging
 import aiohttp
 from mitmproxy import connection, http
 
+from polar_mitm.asking import Lookups
 from polar_mitm.compression import decompress, too_large
 from polar_mitm.dialects.base import Dialect, Reply
 from polar_mitm.dialects.registry import DIALECTS
 from polar_mitm.dialects.responses_socket import SOCKET, headers_of, prewarm
 from polar_mitm.dialects.routes import route
 from polar_mitm.errors import PolarError
-from polar_mitm.exchange import Exchange, Lookups, Step
+from polar_mitm.exchange import Exchange, Step
 from polar_mitm.types import Wire
 from polar_mitm.upstream.render import Lookup
 from polar_mitm_addons.capture import RECORD_TIMEOUT_S, Capture, Session

@@ -1,4 +1,4 @@
-"""One answer as it comes: deltas in, what was sampled and said out. A request for several has one of each."""
+"""Answers as they come: deltas in, what was sampled and said out. A request for several has one of each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
 
-from polar_mitm.dialects.ids import minted
+from polar_mitm.dialects.ids import minted, sibling
 from polar_mitm.types import (
     ANSWER_OF,
     ChatRequest,
@@ -75,6 +75,60 @@ class Gathered:
             reasoning="".join(self._reasoning) or None,
             tool_calls=calls,
         )
+
+
+class Choices:
+    """The answers to one request, by `Delta.choice`, and the call's record of each: `call` is the first's."""
+
+    def __init__(self, call: ModelCall) -> None:
+        self.each = [Gathered(call)]
+        self._usage = Usage()
+
+    def expect(self, num: int) -> None:
+        """So many are asked for, and each begins with what the call's record has so far."""
+        call = self.each[0].call
+        self.each += [Gathered(replace(call, call_id=sibling(call.call_id, k))) for k in range(1, num)]
+
+    def add(self, delta: Delta, clock: Callable[[], float], policy_version: str | None) -> None:
+        """A delta of one of them."""
+        if delta.prompt_token_ids is not None:
+            for answer in self.each:
+                answer.completion.prompt_token_ids = delta.prompt_token_ids
+        if delta.usage is not None:
+            self._usage = delta.usage
+        self.each[delta.choice].add(delta, clock, policy_version)
+
+    @property
+    def whole(self) -> bool:
+        """All of them came to their end."""
+        return all(answer.whole for answer in self.each)
+
+    def settle(self, request: ChatRequest | None, tool_id_prefix: str) -> None:
+        """Put together what they say; the further ones are the first one's `others`."""
+        for answer, usage in zip(self.each, self._shares(), strict=True):
+            answer.settle(request, tool_id_prefix)
+            answer.completion.usage = usage
+        first, *others = (answer.completion for answer in self.each)
+        first.others = others
+
+    def records(self) -> list[ModelCall]:
+        """Each one's call as a row: the first has the wire, the others name it."""
+        first = self.each[0].call
+        for answer, usage in zip(self.each, self._shares(), strict=True):
+            done = answer.completion
+            if answer.call is not first:
+                answer.call = further(first, answer.call)
+            answer.call.prompt_token_ids = done.prompt_token_ids
+            answer.call.completion_token_ids = done.completion_token_ids
+            answer.call.behaviour_logprobs = done.behaviour_logprobs
+            answer.call.usage = usage
+            answer.call.finish_reason = done.finish_reason
+            if first.status in ("ok", "cancelled"):
+                answer.call.answer = done.message
+        return [answer.call for answer in self.each]
+
+    def _shares(self) -> list[Usage]:
+        return shares(self._usage, [len(answer.completion.completion_token_ids) for answer in self.each])
 
 
 def shares(total: Usage, counts: Sequence[int]) -> list[Usage]:

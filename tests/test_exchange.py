@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from polar_mitm.asking import UpstreamRequest
 from polar_mitm.config import Settings
 from polar_mitm.conformance.scripts import Answer
 from polar_mitm.dialects.base import Dialect, Reply
 from polar_mitm.dialects.registry import DIALECTS
 from polar_mitm.errors import PolarError
-from polar_mitm.exchange import Exchange, UpstreamRequest
+from polar_mitm.exchange import Exchange
 from polar_mitm.types import ModelCall, Sampling, Wire
 from polar_mitm.upstream.engine import EngineInfo
 from tests.support.engine_bytes import PROMPT_IDS, events, sampled, split

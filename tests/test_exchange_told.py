@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from polar_mitm.asking import CLAMPED, UpstreamRequest
 from polar_mitm.config import Settings
 from polar_mitm.conformance.scripts import Answer
 from polar_mitm.dialects.base import Reply
 from polar_mitm.dialects.registry import DIALECTS
-from polar_mitm.exchange import CLAMPED, Exchange, UpstreamRequest
+from polar_mitm.exchange import Exchange
 from polar_mitm.types import ModelCall, Sampling, Usage, Wire
 from polar_mitm.upstream.engine import EngineInfo
 from tests.support.engine_bytes import PROMPT_IDS, events, sampled

@@ -6,12 +6,13 @@ from typing import Any
 import openai
 import pytest
 
+from polar_mitm.asking import UpstreamRequest
 from polar_mitm.config import Settings
 from polar_mitm.conformance.scripts import Answer
 from polar_mitm.dialects.base import Reply
 from polar_mitm.dialects.ids import sibling
 from polar_mitm.dialects.openai_chat import OpenAIChat
-from polar_mitm.exchange import Exchange, UpstreamRequest
+from polar_mitm.exchange import Exchange
 from polar_mitm.lineage import Lineage
 from polar_mitm.types import ModelCall, TextPart, Wire
 from polar_mitm.upstream.engine import EngineInfo

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from polar_mitm.asking import UpstreamRequest
 from polar_mitm.config import Settings
 from polar_mitm.conformance.scripts import Answer
 from polar_mitm.dialects.base import Reply
 from polar_mitm.dialects.ids import minted, sibling
 from polar_mitm.dialects.registry import DIALECTS
 from polar_mitm.errors import PolarError
-from polar_mitm.exchange import Exchange, UpstreamRequest
+from polar_mitm.exchange import Exchange
 from polar_mitm.sse import SSEDecoder
 from polar_mitm.types import Wire
 from polar_mitm.upstream.engine import EngineInfo

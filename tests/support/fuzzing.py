@@ -17,6 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from polar_mitm.asking import Lookups, UpstreamRequest
 from polar_mitm.config import Settings
 from polar_mitm.conformance.scripts import Answer
 from polar_mitm.dialects.base import Dialect, Reply
@@ -26,7 +27,7 @@ from polar_mitm.dialects.responses_socket import SOCKET, head_of, headers_of
 from polar_mitm.dialects.responses_state import SOCKET_METHOD, Responses
 from polar_mitm.dialects.routes import PROVIDER_OF, route
 from polar_mitm.errors import PolarError
-from polar_mitm.exchange import Exchange, Lookups, UpstreamRequest
+from polar_mitm.exchange import Exchange
 from polar_mitm.lineage import Lineage
 from polar_mitm.store.rows import answer_json, call_row, lineage_row
 from polar_mitm.types import ModelCall, Wire

@@ -19,10 +19,11 @@ from typing import Any
 
 import msgspec
 
+from polar_mitm.asking import UpstreamRequest
 from polar_mitm.config import Settings
 from polar_mitm.dialects.base import Reply
 from polar_mitm.dialects.registry import DIALECTS
-from polar_mitm.exchange import Exchange, UpstreamRequest
+from polar_mitm.exchange import Exchange
 from polar_mitm.types import ChatRequest, Wire
 from polar_mitm.upstream.engine import EngineInfo
 
