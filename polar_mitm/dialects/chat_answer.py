@@ -3,7 +3,8 @@
 Source: platform.openai.com/docs/api-reference/chat/object, and the official SDK's types.
 
 Reasoning is given twice, as `reasoning_content` (DeepSeek, DashScope) and as `reasoning` (OpenRouter, vLLM):
-clients read the one that they know, and those that know both take the first that is not empty.
+clients read the one that they know, and those that know both take the first that is not empty. OpenRouter's
+clients give reasoning back only as the `reasoning_details` that they were given.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from polar_mitm.dialects.chat_request import DETAILS
 from polar_mitm.dialects.chat_tools import FUNCTIONS
 from polar_mitm.dialects.custom_tool import unwrap
 from polar_mitm.dialects.ids import minted
@@ -79,7 +81,7 @@ def _choice(request: ChatRequest, index: int, completion: Completion) -> _Wire:
         "annotations": [],
     }
     if answer.reasoning and request.show_reasoning:
-        message |= reasoning_object(answer.reasoning)
+        message |= reasoning_object(answer.reasoning, DETAILS in request.notes)
     if calls and FUNCTIONS in request.notes:
         message["function_call"] = {"name": calls[0].name, "arguments": calls[0].arguments}
     elif calls:
@@ -100,9 +102,18 @@ def _called(call: ToolCall) -> _Wire:
     return {"id": call.id, "type": "function", "function": function}
 
 
-def reasoning_object(text: str) -> _Wire:
-    """Reasoning as fields of a message or of what a chunk adds to it."""
-    return {"reasoning_content": text, "reasoning": text}
+def reasoning_object(text: str, details: bool) -> _Wire:
+    """Reasoning as fields of a message or of what a chunk adds to it, with `reasoning_details` or without.
+
+    Source: openrouter.ai/docs/guides/best-practices/reasoning-tokens. A `format` must be named: without one,
+    clients take it for Anthropic's, and drop what has no signature.
+    """
+    names: _Wire = {"reasoning_content": text, "reasoning": text}
+    if details:
+        names["reasoning_details"] = [
+            {"type": "reasoning.text", "text": text, "format": "unknown", "index": 0}
+        ]
+    return names
 
 
 def finish_word(request: ChatRequest, completion: Completion) -> str:

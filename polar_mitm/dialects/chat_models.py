@@ -1,8 +1,9 @@
 """What a Chat Completions request is made of: only the fields that we read, every other one is ignored.
 
 Source: platform.openai.com/docs/api-reference/chat/create, and what OpenAI-compatible services add to it:
-`reasoning_content` (DeepSeek, DashScope), `reasoning` (OpenRouter, vLLM), `enable_thinking` and
-`enable_search` (DashScope), `thinking` (DeepSeek), `chat_template_kwargs` and `include_reasoning` (vLLM).
+`reasoning_content` (DeepSeek, DashScope), `reasoning` (OpenRouter, vLLM), `reasoning_details` (OpenRouter),
+`enable_thinking` and `enable_search` (DashScope), `thinking` (DeepSeek), `chat_template_kwargs` and
+`include_reasoning` (vLLM).
 
 The role of a message is its type. `cache_control` is never read, so that moving it changes nothing.
 """
@@ -72,12 +73,20 @@ class Developer(_Message, tag="developer"): ...
 class User(_Message, tag="user"): ...
 
 
+class ReasoningDetail(Struct):
+    """A text or a summary; the encrypted kind has neither."""
+
+    text: str | None = None
+    summary: str | None = None
+
+
 class Assistant(_Message, tag="assistant"):
     """`function_call` is what calls were before `tool_calls`: one at most, and without an id."""
 
     refusal: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    reasoning_details: list[ReasoningDetail] | None = None
     tool_calls: list[ToolCall] | None = None
     function_call: CalledFunction | None = None
     audio: Any = None

@@ -1,8 +1,8 @@
 """A Chat Completions request to a canonical one: nearly message by message, since this is where both began.
 
 Notes that it leaves on a request: `wrapped:system_message`, `dropped:prefill`, `dropped:message_name`,
-`filtered:allowed_tools`, `mapped:functions`, `placeholder:TYPE` (content that a local model cannot read),
-`withheld:NAME` (a tool or a modality not shown to the model).
+`filtered:allowed_tools`, `mapped:functions`, `mapped:reasoning_details`, `placeholder:TYPE` (content that a
+local model cannot read), `withheld:NAME` (a tool or a modality not shown to the model).
 
 What a service does with reasoning in the history (`preserve_thinking`) is its chat template's business: it is
 always passed on, as the other dialects do.
@@ -29,11 +29,16 @@ from polar_mitm.types import (
     ToolCall,
 )
 
+DETAILS = "mapped:reasoning_details"
+"""The note of a request to OpenRouter, whose answers have reasoning a third time."""
+
+_ROUTER = "/api/v1/"  # the beginning of its paths; other services have another
+
 _decode = msgspec.json.Decoder(wire.Request).decode
 
 
-def decode(body: bytes) -> ChatRequest:
-    """The canonical request of a body.
+def decode(body: bytes, path: str) -> ChatRequest:
+    """The canonical request of a body that was sent to `path`.
 
     Raises:
         PolarError: kind `bad_request`; the message begins with the field that is wrong.
@@ -45,6 +50,8 @@ def decode(body: bytes) -> ChatRequest:
         field = path.rstrip("`").lstrip(".") or "body"
         raise PolarError("bad_request", f"{field}: {text}") from error
     notes: dict[str, None] = {}  # ordered, each once
+    if path.startswith(_ROUTER):
+        notes[DETAILS] = None
     history = _History(notes)
     for index, message in enumerate(asked.messages):
         history.add(message, f"messages[{index}]")
@@ -165,7 +172,8 @@ class _History:
         if message.audio is not None:
             self._notes["placeholder:audio"] = None
             text += "[audio]"
-        out = Message("assistant", _text(text), message.reasoning_content or message.reasoning or None)
+        reasoning = message.reasoning_content or message.reasoning or _joined(message.reasoning_details)
+        out = Message("assistant", _text(text), reasoning or None)
         for index, call in enumerate(message.tool_calls or []):
             out.tool_calls.append(_call(call, f"{at}.tool_calls[{index}]"))
             if call_id_of(call.id):
@@ -196,6 +204,10 @@ class _History:
 def _text(text: str) -> list[Part]:
     """A string and a list of one text part are the same; an empty one is nothing, as null is."""
     return [TextPart(text)] if text else []
+
+
+def _joined(details: list[wire.ReasoningDetail] | None) -> str:
+    return "".join(detail.text or detail.summary or "" for detail in details or ())
 
 
 def _call(call: wire.ToolCall, at: str) -> ToolCall:

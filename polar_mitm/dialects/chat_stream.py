@@ -22,6 +22,7 @@ from polar_mitm.dialects.chat_answer import (
     reasoning_object,
     usage_object,
 )
+from polar_mitm.dialects.chat_request import DETAILS
 from polar_mitm.dialects.chat_tools import FUNCTIONS
 from polar_mitm.dialects.custom_tool import InputUnwrapper
 from polar_mitm.dialects.ids import minted, sibling
@@ -93,6 +94,7 @@ class ChatStream:
     def __init__(self, request: ChatRequest, call_id: str, created_at: float) -> None:
         self._request = request
         self._functions = FUNCTIONS in request.notes
+        self._details = DETAILS in request.notes
         head = _encode(head_object(request, call_id, created_at, "chat.completion.chunk"))
         self._head = b"data: " + head[:-1]
         self._answers = [
@@ -114,7 +116,7 @@ class ChatStream:
             return b'%b{"content":%b%b' % (answer.before, _encode(text), self._after_text)
         pieces: list[_Wire] = []
         if delta.reasoning and self._request.show_reasoning:
-            pieces.append(reasoning_object(delta.reasoning))
+            pieces.append(reasoning_object(delta.reasoning, self._details))
         if text:
             pieces.append({"content": text})
         for call in delta.tool_calls:

@@ -23,7 +23,7 @@ class OpenAIChat:
     tool_id_prefix = "call"
 
     def decode(self, body: bytes, headers: Mapping[str, str], path: str) -> ChatRequest:
-        return chat_request.decode(body)
+        return chat_request.decode(body, path)
 
     def encoder(self, request: ChatRequest, call_id: str, created_at: float) -> chat_stream.ChatStream:
         return chat_stream.ChatStream(request, call_id, created_at)

@@ -204,9 +204,14 @@ def test_later_system_messages_become_wrapped_user_messages(role: str):
         ({"reasoning_content": "", "reasoning": "b"}, "b"),
         ({"reasoning_content": ""}, None),
         ({"reasoning_content": None, "reasoning": None}, None),
+        ({"reasoning_details": [{"type": "reasoning.text", "text": "a"}, {"text": "b", "index": 0}]}, "ab"),
+        ({"reasoning_details": [{"type": "reasoning.summary", "summary": "a", "format": "unknown"}]}, "a"),
+        ({"reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}]}, None),
+        ({"reasoning": "a", "reasoning_details": [{"type": "reasoning.text", "text": "a"}]}, "a"),
+        ({"reasoning_details": None}, None),
     ],
 )
-def test_reasoning_has_two_names(fields: dict[str, Any], reasoning: str | None):
+def test_reasoning_has_three_names(fields: dict[str, Any], reasoning: str | None):
     turn = ask(user("x"), {"role": "assistant", "content": "so", **fields}).messages[1]
     assert turn.reasoning == reasoning
 
@@ -417,6 +422,7 @@ _TOOL = "tools[0]"
         ),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]: Object missing required field"),
         ({"messages": [{"role": "assistant", "reasoning_content": []}]}, "messages[0].reasoning_content"),
+        ({"messages": [{"role": "assistant", "reasoning_details": [5]}]}, "messages[0].reasoning_details"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0]"),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"id": "c"}]}]},
@@ -496,7 +502,7 @@ _KEYS = re.findall(
     r"\w+",
     "type role content text id name arguments input tool_calls tool_call_id function custom format grammar "
     "definition parameters image_url url refusal function_call reasoning_content reasoning audio file mode "
-    "tools allowed_tools json_schema schema",
+    "summary tools allowed_tools json_schema schema",
 )
 _WORDS = re.findall(
     r"\w+",
@@ -519,7 +525,13 @@ _top = st.sampled_from(
 )
 _message = st.fixed_dictionaries(
     {"role": st.sampled_from(_WORDS[:6]), "tool_call_id": st.just("c")},
-    optional={"content": _json, "tool_calls": _json, "function_call": _json, "reasoning": _json},
+    optional={
+        "content": _json,
+        "tool_calls": _json,
+        "function_call": _json,
+        "reasoning": _json,
+        "reasoning_details": _json,
+    },
 )
 
 

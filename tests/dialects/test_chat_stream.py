@@ -90,6 +90,20 @@ def test_reasoning_has_two_names_and_the_same_text():
     ]
 
 
+def test_openrouter_says_it_a_third_time():
+    asked = DIALECT.decode(json.dumps(ASK).encode(), {}, "/api/v1/chat/completions")
+    detail = {"type": "reasoning.text", "format": "unknown", "index": 0}
+    deltas = [Delta(reasoning="be"), Delta(reasoning="cause"), Delta("so")]
+    said = deltas_of(stream_of(asked, deltas))
+    assert [each.get("reasoning_details") for each in said] == [
+        [detail | {"text": "be"}],
+        [detail | {"text": "cause"}],
+        None,
+    ]
+    message = read(asked, completion_of(asked, deltas)).choices[0].message.to_dict()
+    assert message["reasoning_details"] == [detail | {"text": "because"}]
+
+
 def test_hidden_reasoning_is_not_sent():
     wire = stream_of(request(show_reasoning=False), [Delta(reasoning="secret"), Delta("so")])
     assert deltas_of(wire) == [{"content": "so"}] and b"secret" not in wire

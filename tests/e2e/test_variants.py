@@ -58,6 +58,8 @@ async def test_variant_writes_a_file(name: str, cli: Cli, tmp_path: Path) -> Non
     assert all(call.status == "ok" and call.delivered for call in calls)
     thread = [call for call in calls if call.role == "main"]
     assert len(thread) == 2
+    # The reasoning came back too: opencode and pi give OpenRouter's only as the details that they were given.
+    assert [call.continuation for call in thread] == ["none", "exact"]
     model, path = WHERE[name]
     assert all(call.model_requested.startswith(model) for call in thread)
     assert all(call.wire.path.partition("?")[0].endswith(path) for call in thread)
