@@ -293,6 +293,9 @@ class _Call:
     def _give_up(self, task: asyncio.Task[None]) -> None:
         """The task is over: whoever waits for a head waits no longer."""
         self._silence.cancel()
+        # A flow is garbage among others that refer to it: what it holds of a call would wait for its collection.
+        for key in (GONE, ANSWER):
+            self._flow.metadata.pop(key, None)
         if not self._head.done():
             error = None if task.cancelled() else task.exception()
             self._head.set_exception(error or RuntimeError("the call was interrupted"))
@@ -300,7 +303,10 @@ class _Call:
     async def _record(self, *, delivered: bool) -> None:
         calls = self._exchange.records(delivered=delivered)
         self.session.num_sampled_tokens += sum(len(call.completion_token_ids) for call in calls)
-        await asyncio.gather(*(self._capture.record(self.session, call) for call in calls))
+        if len(calls) == 1:  # a task of its own costs as much as handing over the record
+            await self._capture.record(self.session, calls[0])
+        else:
+            await asyncio.gather(*(self._capture.record(self.session, call) for call in calls))
 
 
 class _SocketCall(_Call):

@@ -223,8 +223,9 @@ class Lineage:
 
     def _evict(self) -> None:
         """Forget a call: rather one that was continued, which only a fork needs, than a thread's last."""
-        *older, _ = self._known.values()
-        least = next((known for known in older if known.num_continued), older[0])
+        older = islice(self._known.values(), len(self._known) - 1)
+        oldest = next(iter(self._known.values()))
+        least = next((known for known in older if known.num_continued), oldest)
         self._forget(least.call_id)
         self._gone[least.call_id] = "parent_evicted"
 
@@ -341,6 +342,8 @@ def _same_system(before: list[Message], now: list[Message]) -> bool:
 
 def _common(known: list[Message], messages: list[Message]) -> list[Message]:
     """The longest beginning of `known` that `messages` share."""
+    if known == messages[: len(known)]:  # in C
+        return known
     num = next((n for n, (a, b) in enumerate(zip(known, messages, strict=False)) if a != b), len(messages))
     return known[:num]
 

@@ -117,6 +117,7 @@ class ChatRequest(Struct):
     `top_logprobs` how many of the likeliest tokens at each place it wants to see (0: the sampled one only).
     `stream_usage`: it wants token counts in its stream, where the provider gives them on demand only.
     `agent`: which of a harness's further agents asks, where the body says so; empty otherwise.
+    `echo`: fields that the answer repeats as they were asked, where the provider's does.
     """
 
     model: str
@@ -133,6 +134,7 @@ class ChatRequest(Struct):
     stream_usage: bool = False
     notes: list[str] = field(default_factory=list)
     agent: str = ""
+    echo: dict[str, Any] = field(default_factory=dict)
 
     def find_tool(self, engine_name: str) -> Tool | None:
         """The offered tool that the engine knows as `engine_name`."""

@@ -69,7 +69,10 @@ def stream_error(error: PolarError) -> _Wire:
 
 
 def response_object(request: ChatRequest, call_id: str, created_at: float) -> _Wire:
-    """A response just begun. It echoes neither instructions nor tools: no client reads them back."""
+    """A response just begun. Of the request it echoes what is short: instructions, tools and schemas, which
+    the service repeats in three events of each stream, may be a hundred times the answer, and no client reads
+    them back.
+    """
     parallel = request.parallel_tool_calls
     asked = request.sampling
     return {
@@ -97,6 +100,7 @@ def response_object(request: ChatRequest, call_id: str, created_at: float) -> _W
         "usage": None,
         "user": None,
         "metadata": {},
+        **request.echo,
     }
 
 

@@ -103,6 +103,7 @@ class AgentMessageItem(Struct):
 
 
 class Reasoning(Struct):
+    effort: Any = None
     summary: str | None = None
     generate_summary: str | None = None
 
@@ -117,7 +118,11 @@ class Text(Struct):
 
 
 class Request(Struct):
-    """The body. Items stay raw here: their shape depends on their type, and unknown types are allowed."""
+    """The body. Items stay raw here: their shape depends on their type, and unknown types are allowed.
+
+    `continued_response_id` is not the API's: what `previous_response_id` was before `responses_state` put the
+    history in its place.
+    """
 
     model: str
     input: str | list[Raw] | None = None
@@ -133,5 +138,13 @@ class Request(Struct):
     stream: bool | None = None
     background: bool | None = None
     previous_response_id: str | None = None
+    continued_response_id: str | None = None
     conversation: Any = None
     prompt: Any = None
+    store: Any = None
+    metadata: Any = None
+    truncation: Any = None
+    user: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    service_tier: Any = None

@@ -39,6 +39,8 @@ _COMPACT = (
 _SUMMARY = "Summary of the conversation so far:\n\n"
 _UNREADABLE = "[an earlier part of the conversation was compacted; its summary cannot be read here]"
 
+_ECHOED = ("metadata", "truncation", "user", "safety_identifier", "prompt_cache_key", "service_tier")
+
 _T = TypeVar("_T")
 _request = msgspec.json.Decoder(wire.Request).decode
 _head = msgspec.json.Decoder(wire.Head).decode
@@ -68,6 +70,7 @@ def decode(body: bytes) -> ChatRequest:
         raise PolarError("bad_request", "input: there is nothing to answer")
     choice, offered = tools.choose(asked.tool_choice)
     reasoning = asked.reasoning or wire.Reasoning()
+    summary = reasoning.summary or reasoning.generate_summary
     return ChatRequest(
         model=asked.model,
         messages=messages,
@@ -76,10 +79,20 @@ def decode(body: bytes) -> ChatRequest:
         parallel_tool_calls=asked.parallel_tool_calls,
         sampling=Sampling(asked.temperature, asked.top_p, max_tokens=asked.max_output_tokens),
         stream=bool(asked.stream),
-        show_reasoning=bool(reasoning.summary or reasoning.generate_summary),
+        show_reasoning=bool(summary),
         response_schema=_schema(asked.text.format if asked.text else None),
         notes=list(notes),
+        echo=_echo(asked) | {"reasoning": {"effort": reasoning.effort, "summary": summary}},
     )
+
+
+def _echo(asked: wire.Request) -> dict[str, Any]:
+    """What the response object repeats besides what the canonical request has."""
+    said = {name: value for name in _ECHOED if (value := getattr(asked, name)) is not None}
+    return said | {
+        "store": asked.store is not False,
+        "previous_response_id": asked.continued_response_id,
+    }
 
 
 def _read(decoder: Callable[[bytes | Raw], _T], data: bytes | Raw, where: str) -> _T:

@@ -101,6 +101,7 @@ class Responses:
             return body  # decoding says what is wrong with it
         items = [self._resolved(item) for item in own]
         if asked.previous_response_id is not None:
+            fields["continued_response_id"] = fields["previous_response_id"]
             items = [*self._history(asked.previous_response_id), *items]
         elif items == own:  # it has the words, and refers to nothing
             return body

@@ -39,6 +39,8 @@ async def test_the_sdk_goes_on_from_a_response(stream: bool) -> None:
                 model="gpt-x", input="two", previous_response_id=first.id, store=False
             )
         assert second.output_text == "abc"
+        assert (first.previous_response_id, second.previous_response_id) == (None, first.id)
+        assert (first.to_dict()["store"], second.to_dict()["store"]) == (True, stream)
         if not stream:
             with pytest.raises(openai.BadRequestError) as refused:
                 await client.responses.create(model="gpt-x", input="3", previous_response_id=second.id)

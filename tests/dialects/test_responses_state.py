@@ -55,6 +55,7 @@ def whole(responses: Responses, **body: Any) -> list[Any]:
     """The items that a request comes to."""
     made = json.loads(responses.whole(NAME, json.dumps({"model": "m", **body}).encode()))
     assert made["model"] == "m" and "previous_response_id" not in made
+    assert made.get("continued_response_id") == body.get("previous_response_id")
     found: list[Any] = made["input"]
     return found
 

@@ -285,6 +285,38 @@ def test_the_response_object_echoes_the_request_and_the_usage():
     Response.model_validate(response)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_response_object_echoes_what_is_short(stream: bool):
+    given = {
+        "metadata": {"run": "7"},
+        "truncation": "auto",
+        "user": "u",
+        "safety_identifier": "s",
+        "prompt_cache_key": "k",
+        "service_tier": "flex",
+        "reasoning": {"effort": "low", "summary": "auto"},
+        "store": False,
+    }
+    body = {"model": "m", "input": "hi", "instructions": "long", **given}
+    asked = DIALECT.decode(json.dumps(body).encode(), {}, "")
+    if stream:
+        first, *_, last = (e["response"] for e in events(stream_of(asked, [Delta("x")])) if "response" in e)
+    else:
+        last = json.loads(DIALECT.encode(asked, completion_of(asked, [Delta("x")]), CALL, CREATED).body)
+        first = last
+    assert {name: first[name] for name in given} == {name: last[name] for name in given} == given
+    assert (last["instructions"], last["tools"], last["previous_response_id"]) == (None, [], None)
+    Response.model_validate(last)
+
+
+@pytest.mark.parametrize("fields", [{}, {"store": None}, {"store": True}])
+def test_what_the_service_does_where_nothing_is_said(fields: dict[str, Any]):
+    asked = DIALECT.decode(json.dumps({"model": "m", "input": "hi", **fields}).encode(), {}, "")
+    response = events(stream_of(asked, []))[-1]["response"]
+    assert response["store"] is True and response["metadata"] == {}
+    assert response["truncation"] == "disabled" and response["reasoning"] == {"effort": None, "summary": None}
+
+
 def test_usage_counts_ids_where_the_engine_counts_nothing():
     wire = stream_of(request(), [Delta("x")], prompt_token_ids=[1, 2, 3], completion_token_ids=[4])
     assert events(wire)[-1]["response"]["usage"]["total_tokens"] == 4
