@@ -43,9 +43,11 @@ def test_kill_9(tmp_path: Path, wal_bytes: int) -> None:
     for attempt in range(3):
         process = python(WRITER, path, attempt * 1_000_000, wal_bytes)
         assert process.stdout
-        promised.append(process.stdout.readline().split()[0])
-        time.sleep(chance.uniform(0, 0.7))
-        process.kill()
+        try:
+            promised.append(process.stdout.readline().split()[0])
+            time.sleep(chance.uniform(0, 0.7))
+        finally:  # it writes for ever
+            process.kill()
         rest = process.stdout.read()
         process.wait()
         lines = [line.split() for line in rest.splitlines() if line.endswith("True")]
