@@ -293,7 +293,7 @@ class _Call:
     def _give_up(self, task: asyncio.Task[None]) -> None:
         """The task is over: whoever waits for a head waits no longer."""
         self._silence.cancel()
-        # A flow is garbage among others that refer to it: what it holds of a call would wait for its collection.
+        # mitmproxy leaves a flow to the garbage collector, and with it would be left what the flow holds.
         for key in (GONE, ANSWER):
             self._flow.metadata.pop(key, None)
         if not self._head.done():

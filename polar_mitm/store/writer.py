@@ -130,7 +130,7 @@ class StoreWriter:
                 self.con.execute("BEGIN")
             for sql, source, values in steps:
                 if sql is _INSERT_CALLS and len(values) == 1:
-                    # A third of what a scan costs; a parameter would have DuckDB look for pandas each time.
+                    # Much less than a scan costs; a parameter would have DuckDB look for pandas each time.
                     self.con.execute(f"EXECUTE insert_call({rows.quote(values[0][0])})")
                     continue
                 self._sources[source].fill(values)
@@ -177,6 +177,6 @@ class StoreWriter:
 
 def _stat(path: Path) -> os.stat_result | None:
     try:
-        return os.stat(path)
-    except FileNotFoundError:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
         return None

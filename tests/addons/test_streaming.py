@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 
 import pytest
 
 from polar_mitm.conformance.scripts import Answer
+from polar_mitm.exchange import Exchange
 from tests.support.engine_bytes import PROMPT_IDS, events, sampled
 from tests.support.held_engine import DEADLINE_S, HeldEngine
-from tests.support.rig import MESSAGES, RESPONSES, ask, next_event, post, read_until, rig, says
+from tests.support.rig import MESSAGES, RESPONSES, ask, next_event, post, read_until, rig, says, settled
 
 both = pytest.mark.parametrize("url", [MESSAGES, RESPONSES], ids=["anthropic", "openai"])
 LAST = {MESSAGES: "message_stop", RESPONSES: "response.completed"}
@@ -78,6 +80,25 @@ async def test_the_wire_is_recorded_as_the_harness_saw_it(url: str) -> None:
         assert json.loads(wire.request_body)["model"] in ("claude-x", "gpt-x")
         assert ("User-Agent", sent["User-Agent"]) in wire.request_headers
         assert dict(wire.response_headers)["cache-control"] == "no-cache"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@both
+async def test_an_answered_call_leaves_nothing_for_the_garbage_collector(url: str, stream: bool) -> None:
+    async with HeldEngine() as engine, rig(engine.url) as r:
+        box = await r.box()
+        async with box.http() as http:
+            gc.collect()
+            gc.disable()
+            try:
+                asking = post(http, url, stream=stream)
+                (await engine.next()).finish(*events(ANSWER))
+                await (await asking).read()
+                del asking
+                await settled()
+                assert not [held for held in gc.get_objects() if isinstance(held, Exchange)]
+            finally:
+                gc.enable()
 
 
 @both
