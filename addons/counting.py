@@ -11,7 +11,7 @@ from polar_mitm.compression import decompress
 from polar_mitm.dialects.base import Dialect
 from polar_mitm.dialects.side_table import Side
 from polar_mitm.dialects.windows import scale_for
-from polar_mitm.errors import PolarError
+from polar_mitm.errors import UNREADABLE, PolarError
 from polar_mitm.types import Sampling
 from polar_mitm.upstream import vllm
 from polar_mitm.upstream.render import Lookup, render, rendered
@@ -63,7 +63,7 @@ async def _num_tokens(capture: Capture, chat: bytes) -> int:
         if second == 200:
             try:
                 return msgspec.json.decode(tokens, type=_Count).count
-            except vllm.UNREADABLE as error:
+            except UNREADABLE as error:
                 raise PolarError("overloaded", f"the engine's tokens: {error}") from error
     raise vllm.rejection(status, answer, capture.settings.retry_after_s)
 

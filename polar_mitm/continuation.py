@@ -9,7 +9,7 @@ follows in F is the parent's answer as the template writes it, up to the end of 
 
 So only the place where the answer ends in F has to be found. Mostly F goes on with exactly c, and there it
 ends. Else it ends at the next end-of-turn id, and both versions of the answer must read the same: what the
-model sees is what plain serving would show it, in other ids. What may differ is named in `EDITS`, and each
+model sees is what plain serving would show it, in other ids. What may differ is named by `Edit`, and each
 use is recorded; whatever else differs is a fallback, with its reason, and the request is rendered plainly.
 
 No hard-coded ids: a turn ends with what the model sampled last, or, where it was cut off, with what the probe
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from msgspec import Struct, field
@@ -56,7 +56,6 @@ Edit = Literal[
     "stop_string_kept",  # the sampled stop string, which the harness was not shown
     "reasoning_kept",  # by `keep_reasoning = "always"`
 ]
-EDITS: tuple[Edit, ...] = get_args(Edit)
 """How a continued prompt may differ from a rendered one, besides the harness's own edits."""
 
 MAX_ENDS = 4

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from msgspec import MsgspecError
+
 ErrorKind = Literal[
     "bad_request",  # malformed JSON, wrong types, bad compression: the harness's fault
     "not_found",  # unknown path on a provider's host
@@ -17,6 +19,10 @@ ErrorKind = Literal[
     "upstream",  # engine broke after the answer had begun
     "internal",  # our own bug; recorded, never trained on
 ]
+
+
+UNREADABLE = (MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that it cannot read, be it for their UTF-8 or their depth."""
 
 
 class Overflow(NamedTuple):

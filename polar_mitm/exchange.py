@@ -220,10 +220,6 @@ class Exchange:
             self._end("cancelled")
             self.call.error = "the harness hung up"
 
-    def record(self, *, delivered: bool) -> ModelCall:
-        """The first of `records`."""
-        return self.records(delivered=delivered)[0]
-
     def records(self, *, delivered: bool) -> list[ModelCall]:
         """The call as a row, and as many as there are answers: the first has the wire, the others name it.
 

@@ -118,7 +118,7 @@ def whole(provider: Provider, chunks: list[bytes], *, stream: bool = True) -> tu
     """All bytes that a harness gets, and the record without the pacing, which is the split's own."""
     exchange = begun(provider, stream=stream)
     out = b"".join(map(exchange.feed, chunks)) + the_end(exchange)
-    call = exchange.record(delivered=True)
+    call = exchange.records(delivered=True)[0]
     assert sum(call.wire.chunk_sizes) == len(call.wire.response_body) == len(out)
     assert len(call.wire.chunk_at_ms) == len(call.wire.chunk_sizes)
     assert call.wire.response_body == out
@@ -171,7 +171,7 @@ def test_feed_and_finish_raise_for_no_bytes_at_all(
             exchange.feed(chunk)
             exchange.feed(b"data: " + chunk + b"\n\n")
         exchange.finish()
-        call = exchange.record(delivered=True)
+        call = exchange.records(delivered=True)[0]
         assert exchange.ended and call.status == "failed" and call.error and not call.delivered
 
 
@@ -186,7 +186,7 @@ def test_the_record_holds_what_was_sampled(provider: Provider, stream: bool) -> 
     exchange = begun(provider, stream=stream, clock=ticking().__next__)
     out = [exchange.feed(event) for event in events(ANSWER)]
     end = exchange.finish()
-    call = exchange.record(delivered=True)
+    call = exchange.records(delivered=True)[0]
     tokens = sampled(ANSWER)
     assert call.prompt_token_ids == PROMPT_IDS
     assert call.completion_token_ids == [t.token_id for t in tokens]
@@ -221,7 +221,7 @@ def test_delivered_is_the_connections_word(provider: Provider) -> None:
     for event in events(ANSWER):
         exchange.feed(event)
     exchange.finish()
-    call = exchange.record(delivered=False)
+    call = exchange.records(delivered=False)[0]
     assert (call.status, call.delivered) == ("ok", False)
 
 
@@ -231,12 +231,12 @@ def test_an_outcome_is_final(provider: Provider) -> None:
     for event in events(ANSWER):
         exchange.feed(event)
     exchange.finish()
-    before = msgspec.json.encode(exchange.record(delivered=True), enc_hook=list)
+    before = msgspec.json.encode(exchange.records(delivered=True)[0], enc_hook=list)
     assert exchange.feed(events(ANSWER)[1]) == b""
     assert exchange.finish() == exchange.fail(PolarError("upstream", "late")) == b""
     assert exchange.keepalive() == b""
     exchange.cancel()
-    assert msgspec.json.encode(exchange.record(delivered=True), enc_hook=list) == before
+    assert msgspec.json.encode(exchange.records(delivered=True)[0], enc_hook=list) == before
 
 
 @each
@@ -248,7 +248,7 @@ def test_a_slow_engines_stream_begins_without_it(provider: Provider) -> None:
     data = b"".join(events(ANSWER))
     assert opening + patient.feed(data) == quick.feed(data)
     assert patient.finish() == quick.finish()
-    assert patient.record(delivered=True).wire.response_body.startswith(opening + ping)
+    assert patient.records(delivered=True)[0].wire.response_body.startswith(opening + ping)
 
 
 @each
@@ -331,7 +331,7 @@ def test_a_bad_request_is_answered_without_the_engine(provider: Provider, body: 
     reply = start(exchange, provider, body)
     assert isinstance(reply, Reply) and reply.status == 400
     assert json.loads(reply.body)["error"]["type"] == "invalid_request_error"
-    call = exchange.record(delivered=True)
+    call = exchange.records(delivered=True)[0]
     assert (call.status, call.delivered, call.wire.status) == ("refused", False, 400)
     assert call.error and call.error.startswith("bad_request: ")
     assert call.wire.request_body == body and call.wire.response_body == reply.body
@@ -344,7 +344,7 @@ def test_a_request_refused_by_the_caller(provider: Provider) -> None:
     exchange = new(provider)
     reply = exchange.refuse(PolarError("too_large", "too much"), Wire("POST", "h", provider.path))
     assert reply.status == 413
-    call = exchange.record(delivered=True)
+    call = exchange.records(delivered=True)[0]
     assert (call.status, call.error) == ("refused", "too_large: too much")
     assert call.route == f"POST {provider.path.partition('?')[0]}"
 
@@ -381,7 +381,7 @@ def test_our_own_bug_in_a_request_is_a_reply(provider: Provider, method: str) ->
     exchange = new(provider, dialect=Buggy(provider, method))
     reply = start(exchange, provider, provider.body())
     assert isinstance(reply, Reply) and reply.status == 500
-    call = exchange.record(delivered=True)
+    call = exchange.records(delivered=True)[0]
     assert call.status == "refused" and "ZeroDivisionError" in cast(str, call.error)
 
 
@@ -392,7 +392,7 @@ def test_our_own_bug_in_a_stream_is_an_error_event(provider: Provider, method: s
     out = b"".join(map(exchange.feed, events(ANSWER))) + the_end(exchange)
     assert method == "start" or provider.error_event in out
     assert provider.last_event not in out
-    call = exchange.record(delivered=True)
+    call = exchange.records(delivered=True)[0]
     assert call.status == "failed" and cast(str, call.error).startswith("internal: ")
     assert call.prompt_token_ids  # what came before is known all the same
 
@@ -402,7 +402,7 @@ def test_an_encoder_that_cannot_even_say_so_is_cut_off(provider: Provider) -> No
     exchange = begun(provider, dialect=Buggy(provider, "delta+error"))
     out = b"".join(map(exchange.feed, events(ANSWER))) + the_end(exchange)
     assert provider.error_event not in out and provider.last_event not in out
-    assert exchange.record(delivered=True).status == "failed"
+    assert exchange.records(delivered=True)[0].status == "failed"
 
 
 @each
@@ -412,7 +412,7 @@ def test_our_own_bug_in_a_whole_answer_is_a_reply(provider: Provider) -> None:
         exchange.feed(event)
     reply = exchange.finish()
     assert isinstance(reply, Reply) and reply.status == 500
-    assert exchange.record(delivered=True).status == "failed"
+    assert exchange.records(delivered=True)[0].status == "failed"
 
 
 # --- engines that fail ----------------------------------------------------------------------------------
@@ -433,7 +433,7 @@ def test_before_the_head_a_broken_engine_is_an_overloaded_one(
     reply = exchange.fail(PolarError("upstream", "gone")) if how == "connection" else exchange.finish()
     assert isinstance(reply, Reply)
     assert (reply.status, reply.headers["retry-after"]) == (provider.overloaded, "5")
-    call = exchange.record(delivered=True)
+    call = exchange.records(delivered=True)[0]
     assert (call.status, call.wire.status, call.delivered) == ("failed", provider.overloaded, False)
     assert cast(str, call.error).startswith("overloaded: ")
     assert call.wire.response_body == reply.body and call.wire.chunk_sizes == [len(reply.body)]
@@ -450,9 +450,9 @@ def test_after_the_head_it_is_the_dialects_error_event(provider: Provider, after
     end = exchange.fail(PolarError("upstream", "gone")) if how == "connection" else exchange.finish()
     assert isinstance(end, bytes)
     assert (bad + end).count(provider.error_event) == 1 and provider.error_event not in good
-    assert good + bad + end == exchange.record(delivered=True).wire.response_body
+    assert good + bad + end == exchange.records(delivered=True)[0].wire.response_body
     assert (good + bad).startswith(begun(provider).opening() if after or bad else b"")
-    call = exchange.record(delivered=True)
+    call = exchange.records(delivered=True)[0]
     assert (call.status, call.wire.status, call.finish_reason) == ("failed", 200, None)
     assert call.completion_token_ids == [t.token_id for t in sampled(ANSWER)][: max(0, after - 1) * 2]
     assert len(call.behaviour_logprobs) == len(call.completion_token_ids)
@@ -470,7 +470,7 @@ def test_an_engines_refusal(
     exchange = begun(provider, stream=stream, released=False)
     reply = exchange.reject(status, body)
     assert reply.status == (ours or provider.overloaded)
-    assert exchange.record(delivered=True).status == "failed"
+    assert exchange.records(delivered=True)[0].status == "failed"
 
 
 @each
@@ -480,7 +480,7 @@ def test_a_prompt_over_the_window_is_the_providers_overflow(provider: Provider) 
     assert reply.status == 400
     words = b"prompt is too long" if provider is ANTHROPIC else b"context_length_exceeded"
     assert words in reply.body
-    assert cast(str, exchange.record(delivered=True).error).startswith("context_overflow: ")
+    assert cast(str, exchange.records(delivered=True)[0].error).startswith("context_overflow: ")
 
 
 @each
@@ -488,7 +488,7 @@ def test_an_answer_that_the_engine_aborted_is_no_answer(provider: Provider) -> N
     exchange = begun(provider)
     out = b"".join(map(exchange.feed, events(Answer(text="half", finish_reason="abort"))))
     assert provider.error_event in out + the_end(exchange)
-    call = exchange.record(delivered=True)
+    call = exchange.records(delivered=True)[0]
     assert (call.status, call.finish_reason) == ("failed", "abort")
 
 
@@ -517,7 +517,7 @@ def test_a_hang_up_keeps_what_was_sampled(provider: Provider, stream: bool, afte
     for event in events(ANSWER)[:after]:
         exchange.feed(event)
     exchange.cancel()
-    call: ModelCall = exchange.record(delivered=False)
+    call: ModelCall = exchange.records(delivered=False)[0]
     assert (call.status, call.delivered, call.finish_reason) == ("cancelled", False, None)
     assert call.error == "the harness hung up"
     assert call.completion_token_ids == [t.token_id for t in sampled(ANSWER)][: max(0, after - 1) * 2]

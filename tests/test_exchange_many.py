@@ -92,7 +92,7 @@ def test_each_answer_is_a_record_of_its_own(stream: bool) -> None:
     first, *others = calls
     assert first.wire.response_body == out and first.answer_of is None and first.notes == []
     assert all(c.wire == Wire() and c.answer_of == CALL_ID for c in others)
-    assert exchange.record(delivered=True) is first
+    assert exchange.records(delivered=True)[0] is first
     (used,) = cast(Any, calls[2].answer).tool_calls
     assert used.id == minted("call", IDS[2], 0) and used.id.encode() in out
 
@@ -282,7 +282,7 @@ def test_logprobs_are_shown_to_who_asks_and_recorded_as_ever(stream: bool) -> No
         out = b"".join(map(exchange.feed, events(Answer(text="Hé"), top_logprobs=top))) + the_end(exchange)
         choices = [c for chunk in (data_of(out) if stream else [json.loads(out)]) for c in chunk["choices"]]
         shown = [p for c in choices for p in (c.get("logprobs") or {}).get("content") or []]
-        return shown, exchange.record(delivered=True)
+        return shown, exchange.records(delivered=True)[0]
 
     plain, call = run()
     assert plain == [] and call.behaviour_logprobs == [t.logprob for t in sampled(Answer(text="Hé"))]

@@ -81,7 +81,7 @@ def answered(exchange: Exchange, *, stream: bool, answer: Answer = ANSWER) -> tu
         out += exchange.feed(chunk)
     end = exchange.finish()
     out += end.body if isinstance(end, Reply) else end
-    return out, exchange.record(delivered=True)
+    return out, exchange.records(delivered=True)[0]
 
 
 COUNTS = {
@@ -150,7 +150,7 @@ def test_an_overflow_names_numbers_that_the_harness_knows(name: str, stream: boo
     assert found is not None, reply.body
     assert int(found[1]) == -(-5000 * MODEL[name][1] // int(WINDOW * 0.9))
     assert name == "openai_chat" or int(found[2]) == MODEL[name][1]
-    call = exchange.record(delivered=True)
+    call = exchange.records(delivered=True)[0]
     assert call.error is not None and words in call.error  # the engine's own words
 
 
@@ -173,7 +173,7 @@ def test_room_that_the_engine_lacks_is_cut_down(name: str, words: str) -> None:
     assert json.loads(again.body) == json.loads(step.body) | {"max_tokens": 3096}
     reply = exchange.reject(400, refusal)  # an engine that is never content is not asked for ever
     assert isinstance(reply, Reply) and reply.status == 400
-    call = exchange.record(delivered=True)
+    call = exchange.records(delivered=True)[0]
     assert (call.sampling_requested.max_tokens, call.sampling.max_tokens) == (4000, 3096)
     assert call.notes.count(CLAMPED) == 1 and call.upstream_body == again.body
 
@@ -203,7 +203,7 @@ def test_a_real_overflow_is_not_tried_again_for_room() -> None:
     exchange, _ = asked("anthropic", max_tokens=100)
     words = "This model's maximum context length is 4096 tokens. However, your request has 4096 input tokens."
     assert isinstance(exchange.reject(400, json.dumps({"error": {"message": words}}).encode()), Reply)
-    assert CLAMPED not in exchange.record(delivered=True).notes
+    assert CLAMPED not in exchange.records(delivered=True)[0].notes
 
 
 SAMPLING: dict[str, tuple[dict[str, Any], Sampling]] = {

@@ -19,7 +19,6 @@ SPECIAL = (
     "<think>",
     "</think>",
 )
-IM_END = SPECIAL.index("<|im_end|>")
 BYTE_OFFSET = 16
 VOCAB_SIZE = BYTE_OFFSET + 256
 _SPLIT = re.compile("(" + "|".join(map(re.escape, SPECIAL)) + ")")

@@ -18,7 +18,8 @@ import msgspec
 from polar_mitm.dialects import chat_models as wire
 from polar_mitm.dialects import chat_tools
 from polar_mitm.dialects.ids import call_id_of
-from polar_mitm.errors import PolarError
+from polar_mitm.dialects.reading import misread
+from polar_mitm.errors import UNREADABLE, PolarError
 from polar_mitm.types import (
     ChatRequest,
     ImagePart,
@@ -45,10 +46,8 @@ def decode(body: bytes, path: str) -> ChatRequest:
     """
     try:
         asked = _decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        text, _, path = str(error).partition(" - at `$")
-        field = path.rstrip("`").lstrip(".") or "body"
-        raise PolarError("bad_request", f"{field}: {text}") from error
+    except UNREADABLE as error:
+        raise misread(error) from error
     notes: dict[str, None] = {}  # ordered, each once
     if path.startswith(_ROUTER):
         notes[DETAILS] = None

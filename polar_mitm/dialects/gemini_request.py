@@ -24,8 +24,9 @@ from polar_mitm.dialects.gemini_names import camelised
 from polar_mitm.dialects.gemini_schema import json_schema
 from polar_mitm.dialects.gemini_tools import Toolbox
 from polar_mitm.dialects.ids import Seal, call_id_of, minted, unseal
+from polar_mitm.dialects.reading import misread
 from polar_mitm.dialects.tool_input import as_text
-from polar_mitm.errors import PolarError
+from polar_mitm.errors import UNREADABLE, PolarError
 from polar_mitm.types import (
     ChatRequest,
     ImagePart,
@@ -96,12 +97,8 @@ def _read(body: bytes) -> wire.Request:
     try:
         body.decode()  # some of it is read later only, which must not fail then
         return _decode(camelised(body, wire.Request))
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        text, _, path = str(error).partition(" - at `$")
-        field = path.rstrip("`").lstrip(".") or "body"
-        raise PolarError("bad_request", f"{field}: {text}") from None
-    except RecursionError:
-        raise PolarError("bad_request", "body: nested too deeply") from None
+    except UNREADABLE as error:
+        raise misread(error) from None
 
 
 def _many(values: list[_T] | _T | None) -> list[_T]:
@@ -134,8 +131,8 @@ def _schema(config: wire.GenerationConfig, notes: dict[str, None]) -> dict[str, 
         raise PolarError("bad_request", "generationConfig.responseJsonSchema: expected an object")
     try:
         schema = None if asked is None else json_schema(asked)
-    except RecursionError:
-        raise PolarError("bad_request", "generationConfig.responseSchema: nested too deeply") from None
+    except RecursionError as error:
+        raise misread(error, "generationConfig.responseSchema") from None
     if mime_type == "text/x.enum":
         if schema is None or not schema.get("enum"):
             raise PolarError("bad_request", "generationConfig.responseSchema.enum: field required")

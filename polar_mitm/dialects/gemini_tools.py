@@ -15,6 +15,7 @@ from msgspec import Raw
 from polar_mitm.dialects import gemini_wire as wire
 from polar_mitm.dialects.gemini_names import camelised
 from polar_mitm.dialects.gemini_schema import json_schema
+from polar_mitm.dialects.reading import misread
 from polar_mitm.errors import PolarError
 from polar_mitm.types import Tool, ToolChoice
 
@@ -51,15 +52,14 @@ class Toolbox:
         try:
             found = _declarations(camelised(bytes(value), wire.FunctionDeclaration))
         except msgspec.MsgspecError as error:
-            text, _, path = str(error).partition(" - at `$")
-            raise PolarError("bad_request", f"{at}{path.rstrip('`')}: {text}") from None
+            raise misread(error, at) from None
         for index, function in enumerate(found if isinstance(found, list) else [found]):
             if not function.name:
                 raise PolarError("bad_request", f"{at}[{index}].name: field required")
             try:
                 schema = json_schema(function.parameters_json_schema or function.parameters or {})
-            except RecursionError:
-                raise PolarError("bad_request", f"{at}[{index}].parameters: nested too deeply") from None
+            except RecursionError as error:
+                raise misread(error, f"{at}[{index}].parameters") from None
             parameters = schema or {"type": "object", "properties": {}}
             self._tools[function.name] = Tool(function.name, function.description or "", parameters)
 

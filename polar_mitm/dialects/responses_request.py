@@ -1,7 +1,8 @@
 """A Responses request to a canonical one: items become messages, one assistant turn becomes one message.
 
-The service keeps state that we do not: what refers to it (`previous_response_id`, `item_reference`) is
-refused with a clear message rather than answered wrongly. Volatile fields (`client_metadata`,
+What refers to earlier responses (`previous_response_id`, `item_reference`) was replaced before, by
+`responses_state`; what is left of it, and of other state that the service keeps, is refused with a clear
+message rather than answered wrongly. Volatile fields (`client_metadata`,
 `internal_chat_message_metadata_passthrough`) are never read.
 """
 
@@ -15,8 +16,9 @@ from msgspec import Raw
 
 from polar_mitm.dialects import responses_models as wire
 from polar_mitm.dialects.ids import call_id_of, minted, unseal
+from polar_mitm.dialects.reading import misread
 from polar_mitm.dialects.responses_tools import Toolbox
-from polar_mitm.errors import PolarError
+from polar_mitm.errors import UNREADABLE, PolarError
 from polar_mitm.types import (
     ChatRequest,
     ImagePart,
@@ -98,10 +100,8 @@ def _echo(asked: wire.Request) -> dict[str, Any]:
 def _read(decoder: Callable[[bytes | Raw], _T], data: bytes | Raw, where: str) -> _T:
     try:
         return decoder(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        text, _, path = str(error).partition(" - at `$")
-        field = (where + path.rstrip("`")).lstrip(".") or "body"
-        raise PolarError("bad_request", f"{field}: {text}") from error
+    except UNREADABLE as error:
+        raise misread(error, where) from error
 
 
 def _schema(form: wire.Format | None) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from polar_mitm.dialects.ids import new_id
 from polar_mitm.dialects.openai_responses import OpenAIResponses
 from polar_mitm.dialects.responses_answer import ERRORS, error_body
 from polar_mitm.dialects.responses_stream import ResponsesStream
-from polar_mitm.errors import ErrorKind, PolarError
+from polar_mitm.errors import UNREADABLE, ErrorKind, PolarError
 from polar_mitm.types import ChatRequest, Completion, Delta, ModelCall, Wire
 
 PREWARM = "prewarm"
@@ -40,7 +40,7 @@ def head_of(message: bytes) -> Head:
     """The head of a message; where it cannot be read, which decoding then says, of a `response.create`."""
     try:
         return msgspec.json.decode(message, type=Head)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return Head("response.create")
 
 
@@ -58,7 +58,7 @@ def headers_of(wire: Wire) -> dict[str, str]:
             for name, value in metadata.items()
             if bytes(value).startswith(b'"')
         }
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return headers
     for name, text in texts.items():
         if name.startswith(_METADATA_HEADER):

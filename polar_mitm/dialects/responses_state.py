@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import msgspec
 from msgspec import Raw, Struct
 
-from polar_mitm.errors import PolarError
+from polar_mitm.errors import UNREADABLE, PolarError
 from polar_mitm.types import Wire
 
 DIALECT = "openai_responses"
@@ -72,7 +72,6 @@ _last = msgspec.json.Decoder(_Last).decode
 _item = msgspec.json.Decoder(_Item).decode
 _items = msgspec.json.Decoder(list[Raw]).decode
 _fields = msgspec.json.Decoder(dict[str, Raw]).decode
-_unreadable = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 class Responses:
@@ -97,7 +96,7 @@ class Responses:
         try:
             fields, asked = _fields(body), _asked(body)
             own = list(_own(asked.input))
-        except _unreadable:
+        except UNREADABLE:
             return body  # decoding says what is wrong with it
         items = [self._resolved(item) for item in own]
         if asked.previous_response_id is not None:
@@ -122,7 +121,7 @@ class Responses:
                 return
             own = [self._resolved(item) for item in _own(asked.input)]
             outputs = {_item(item).id or "": bytes(item) for item in said.output}
-        except _unreadable:  # it was refused, or cut off
+        except UNREADABLE:  # it was refused, or cut off
             return
         items = [*own, *(bytes(item) for item in said.output)]
         num_bytes = sum(map(len, items)) + _ITEM_BYTES * (1 + len(items))
@@ -156,7 +155,7 @@ class Responses:
             return raw
         try:
             head = _item(raw)
-        except _unreadable:
+        except UNREADABLE:
             return raw
         return self._outputs.get(head.id or "", raw) if head.type == "item_reference" else raw
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from msgspec import Struct
 
 from polar_mitm.dialects.responses_request import COMPACTION
+from polar_mitm.dialects.user_agents import CLAUDE, CODEX, GEMINI, OPENCODE, PI, QWEN
 from polar_mitm.types import Caller, CallRole, ChatRequest
 
 HOSTED = frozenset(
@@ -70,8 +71,6 @@ class Rule(Struct, frozen=True):
         return not self.said or _says(request, self.said)
 
 
-_CLAUDE, _CODEX, _PI, _OPENCODE = "claude-cli/", "codex_", "pi (", "opencode/"
-_GEMINI, _QWEN = "GeminiCLI", "QwenCode/"
 _CLASS, _OLD_CLASS = "x-claude-code-request-class", "x-claude-1p-request-class"
 _CODEX_LABEL = "x-openai-subagent"
 
@@ -84,8 +83,8 @@ RULES: tuple[Rule, ...] = (
     Rule("main", header=_OLD_CLASS, values=("main",)),
     Rule("subagent", header=_OLD_CLASS, values=("blocking-subagent",)),
     Rule("auxiliary", header=_OLD_CLASS, values=("summary-extraction", "followup-generation")),
-    Rule("compaction", harness=_CLAUDE, said="CRITICAL: Respond with TEXT ONLY"),
-    Rule("auxiliary", harness=_CLAUDE, tools=False, schema=True),  # a title
+    Rule("compaction", harness=CLAUDE, said="CRITICAL: Respond with TEXT ONLY"),
+    Rule("auxiliary", harness=CLAUDE, tools=False, schema=True),  # a title
     # Codex labels what is not its main thread; any other label is an agent that it spawned.
     Rule("compaction", note=COMPACTION),
     Rule("auxiliary", header="x-openai-memgen-request", values=("true",)),
@@ -93,20 +92,20 @@ RULES: tuple[Rule, ...] = (
     Rule("compaction", header=_CODEX_LABEL, values=("compact",)),
     Rule("auxiliary", header=_CODEX_LABEL, values=("memory_consolidation", "guardian")),
     Rule("subagent", header=_CODEX_LABEL),
-    Rule("compaction", harness=_CODEX, said="You are performing a CONTEXT CHECKPOINT COMPACTION"),
+    Rule("compaction", harness=CODEX, said="You are performing a CONTEXT CHECKPOINT COMPACTION"),
     # The others say it nowhere, or only of sub-agents.
-    Rule("compaction", harness=_PI, tools=False, system="You are a context summarization "),
-    Rule("compaction", harness=_OPENCODE, tools=False, system="You are a context summarization "),
-    Rule("auxiliary", harness=_OPENCODE, tools=False),  # a title; its agents always have tools
-    Rule("subagent", harness=_OPENCODE, header="x-parent-session-id"),
-    Rule("compaction", harness=_GEMINI, tools=False, system="You are a specialized system component "),
-    Rule("auxiliary", harness=_GEMINI, tools=False),  # the router, web search, repairs of edits
-    Rule("subagent", harness=_GEMINI, tool="complete_task"),  # by which one hands in what it found
-    Rule("compaction", harness=_QWEN, tools=False, system="You are the component that summarizes "),
-    Rule("compaction", harness=_QWEN, tools=False, system="You are a specialized system component "),
-    Rule("auxiliary", harness=_QWEN, tools=False),
-    Rule("auxiliary", harness=_QWEN, agent="managed-"),  # it looks for what is worth remembering
-    Rule("subagent", harness=_QWEN, agent="*"),
+    Rule("compaction", harness=PI, tools=False, system="You are a context summarization "),
+    Rule("compaction", harness=OPENCODE, tools=False, system="You are a context summarization "),
+    Rule("auxiliary", harness=OPENCODE, tools=False),  # a title; its agents always have tools
+    Rule("subagent", harness=OPENCODE, header="x-parent-session-id"),
+    Rule("compaction", harness=GEMINI, tools=False, system="You are a specialized system component "),
+    Rule("auxiliary", harness=GEMINI, tools=False),  # the router, web search, repairs of edits
+    Rule("subagent", harness=GEMINI, tool="complete_task"),  # by which one hands in what it found
+    Rule("compaction", harness=QWEN, tools=False, system="You are the component that summarizes "),
+    Rule("compaction", harness=QWEN, tools=False, system="You are a specialized system component "),
+    Rule("auxiliary", harness=QWEN, tools=False),
+    Rule("auxiliary", harness=QWEN, agent="managed-"),  # it looks for what is worth remembering
+    Rule("subagent", harness=QWEN, agent="*"),
     # Whoever it is: a search of its own, answered in plain text.
     Rule("auxiliary", hosted=True),
 )
@@ -125,7 +124,7 @@ AGENT_HEADERS: tuple[AgentHeader, ...] = (
     AgentHeader("x-claude-code-agent-id", on="x-claude-code-agent-id"),
     AgentHeader("thread-id", on="x-codex-parent-thread-id"),
     AgentHeader("thread-id", on=_CODEX_LABEL, role="subagent"),
-    AgentHeader("x-session-id", on="x-parent-session-id", harness=_OPENCODE),
+    AgentHeader("x-session-id", on="x-parent-session-id", harness=OPENCODE),
 )
 _MAX_ID = 200  # characters; a header may hold anything
 

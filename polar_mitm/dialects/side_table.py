@@ -16,6 +16,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct, field
 
+from polar_mitm.errors import UNREADABLE
+
 FOLDER = Path(__file__).with_name("side")
 
 
@@ -60,7 +62,7 @@ class Side(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         """The model call's body inside the body of a count; all of it where there is none inside."""
         try:
             given = msgspec.json.decode(body, type=dict[str, msgspec.Raw]) if self.inner else {}
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except UNREADABLE:
             return body  # a dialect says what is wrong with it
         return next((bytes(given[key]) for key in self.inner if key in given), body)
 

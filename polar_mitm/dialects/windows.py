@@ -14,6 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from polar_mitm.config import Settings
+from polar_mitm.dialects.user_agents import CLAUDE, CODEX, GEMINI, OPENCODE, PI, QWEN
 from polar_mitm.errors import Overflow, PolarError
 from polar_mitm.types import Completion, Delta, Usage
 
@@ -29,47 +30,45 @@ class Window(Struct, frozen=True):
     harness: str = ""
 
 
-_CLAUDE, _CODEX, _PI, _OPENCODE, _QWEN = "claude-cli/", "codex_", "pi (", "opencode/", "QwenCode/"
-
 WINDOWS: tuple[Window, ...] = (
     # As in the programs' own tables: Claude Code 2.1.328, Codex 0.169.0, pi 0.87.1, opencode 1.18.33 (both
     # models.dev), Gemini CLI 0.61.0, Qwen Code 0.24.4. The first that fits counts. Where a program may take
     # either of two, the smaller one stands here: a harness that hears too little meets the overflow error,
     # one that hears too much may never stop to compact.
-    Window("claude-sonnet-4-5*", 1_000_000, _PI),
-    Window("claude-sonnet-4-5*", 1_000_000, _OPENCODE),
-    Window("claude-*-4-[678]*", 1_000_000, _PI),
-    Window("claude-*-4-[678]*", 1_000_000, _OPENCODE),
-    Window("claude-opus-4-[678]*", 1_000_000, _QWEN),
-    Window("claude-opus-5*", 1_000_000, _QWEN),
-    Window("claude-*", 200_000, _QWEN),
+    Window("claude-sonnet-4-5*", 1_000_000, PI),
+    Window("claude-sonnet-4-5*", 1_000_000, OPENCODE),
+    Window("claude-*-4-[678]*", 1_000_000, PI),
+    Window("claude-*-4-[678]*", 1_000_000, OPENCODE),
+    Window("claude-opus-4-[678]*", 1_000_000, QWEN),
+    Window("claude-opus-5*", 1_000_000, QWEN),
+    Window("claude-*", 200_000, QWEN),
     Window("*[[]1m]", 1_000_000),
     Window("claude-3*", 200_000),
     Window("claude-*-4*", 200_000),
     Window("claude-*", 1_000_000),
-    Window("*", 200_000, _CLAUDE),
+    Window("*", 200_000, CLAUDE),
     Window("gpt-6.1-terra", 500_000),
     Window("gpt-5*-chat-latest", 128_000),
     Window("gpt-5-codex*", 272_000),
-    Window("gpt-5", 400_000, _PI),
-    Window("gpt-5-*", 400_000, _PI),
-    Window("gpt-5.[123]*", 400_000, _PI),
-    Window("gpt-5.4-mini", 400_000, _PI),
-    Window("gpt-5.4-nano", 400_000, _PI),
+    Window("gpt-5", 400_000, PI),
+    Window("gpt-5-*", 400_000, PI),
+    Window("gpt-5.[123]*", 400_000, PI),
+    Window("gpt-5.4-mini", 400_000, PI),
+    Window("gpt-5.4-nano", 400_000, PI),
     Window("gpt-[56]*", 272_000),
     Window("gpt-4.1*", 1_047_576),
     Window("gpt-4o*", 128_000),
     Window("o[134]*", 200_000),
-    Window("*", 272_000, _CODEX),
+    Window("*", 272_000, CODEX),
     Window("gemini-*", 1_048_576),
     Window("gemma-4*", 256_000),
-    Window("*", 1_048_576, "GeminiCLI"),
+    Window("*", 1_048_576, GEMINI),
     Window("qwen3.[0-9]*", 1_000_000),
     Window("qwen3-coder-plus*", 1_000_000),
     Window("qwen3-coder-flash*", 1_000_000),
     Window("coder-model", 1_000_000),
     Window("qwen*", 262_144),
-    Window("*", 200_000, _QWEN),
+    Window("*", 200_000, QWEN),
 )
 
 # The providers' own words for a prompt that is too long: harnesses look for them, and some for the numbers.
@@ -79,9 +78,9 @@ _OVERFLOW = {
         "This model's maximum context length is {window} tokens. However, your messages resulted in {tokens} "
         "tokens. Please reduce the length of the messages."
     ),
-    "openai_responses": "{tokens} tokens, of at most {window}",  # what it says itself names no numbers
-    "gemini": ("The input token count ({tokens}) exceeds the maximum number of tokens allowed ({window})."),
+    "gemini": "The input token count ({tokens}) exceeds the maximum number of tokens allowed ({window}).",
 }
+_NUMBERS = "{tokens} tokens, of at most {window}"  # beside words that name none
 
 
 def believed(model: str, user_agent: str = "", overrides: Mapping[str, int] | None = None) -> int:
@@ -159,7 +158,7 @@ class Scale(Struct, frozen=True):
             return error
         window = self.window or over.window
         tokens = max(self.tokens(over.tokens), window + 1)
-        words = _OVERFLOW.get(dialect, "{tokens} tokens, of at most {window}")
+        words = _OVERFLOW.get(dialect, _NUMBERS)
         told = words.format(tokens=tokens, window=window)
         return PolarError(error.kind, told, status=error.status, overflow=Overflow(tokens, window))
 

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar, cast
 import msgspec
 from msgspec import Struct, field
 
-from polar_mitm.errors import Overflow, PolarError
+from polar_mitm.errors import UNREADABLE, Overflow, PolarError
 from polar_mitm.sse import EventTooLarge, SSEDecoder
 from polar_mitm.token_ids import TokenIds
 from polar_mitm.types import (
@@ -225,9 +225,6 @@ class _Chunk(Struct, Generic[P]):
     error: Any = None
     system_fingerprint: str | None = None
 
-
-UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises for bytes that it cannot read, be it for their UTF-8 or their depth."""
 
 _decode_chunk = msgspec.json.Decoder(_Chunk[_Logprob]).decode
 _decode_shown = msgspec.json.Decoder(_Chunk[_ShownLogprob]).decode

@@ -112,7 +112,7 @@ def test_an_array_is_whole_only_when_recorded() -> None:
     with pytest.raises(json.JSONDecodeError):
         json.loads(before)
     assert json.loads(before + end)[-1]["candidates"][0]["finishReason"] == "STOP"
-    headers = dict(exchange.record(delivered=True).wire.response_headers)
+    headers = dict(exchange.records(delivered=True)[0].wire.response_headers)
     assert headers["content-type"].startswith("application/json")
 
 
@@ -126,7 +126,7 @@ def test_an_array_that_breaks_is_still_json(num_chunks: int, opened: bool) -> No
     assert isinstance(end, bytes)
     *chunks, last = json.loads(out + end)
     assert last["error"]["code"] == 500 and all("candidates" in chunk for chunk in chunks)
-    assert exchange.record(delivered=False).status == "failed"
+    assert exchange.records(delivered=False)[0].status == "failed"
 
 
 def test_structured_output_is_guided() -> None:
@@ -142,7 +142,7 @@ def test_logprobs_are_shown_to_who_asks() -> None:
     exchange, step = begun("generateContent", responseLogprobs=True, logprobs=2)
     wire = answered(exchange, events(MANY, **json.loads(step.body)))
     (candidate,) = candidates(wire)
-    recorded = exchange.record(delivered=True).behaviour_logprobs
+    recorded = exchange.records(delivered=True)[0].behaviour_logprobs
     shown = candidate["logprobsResult"]
     assert [t["logProbability"] for t in shown["chosenCandidates"]] == recorded
     assert all(len(top["candidates"]) == 2 for top in shown["topCandidates"])

@@ -19,7 +19,7 @@ def played(run: Run) -> list[tuple[ModelCall, ChatRequest]]:
     pairs = []
     for call in run.calls:
         done = call.replay().exchange
-        record = done.record(delivered=True)
+        record = done.records(delivered=True)[0]
         record.answer = done.completion.message
         pairs.append((record, call.decode()))
     return pairs

@@ -372,6 +372,6 @@ def _check_record(call: ModelCall) -> None:
 
 def _remember(call: recorded.Call, lineage: Lineage, responses: Responses) -> None:
     """A call of the run, before this one."""
-    done = call.replay().exchange.record(delivered=True)
+    done = call.replay().exchange.records(delivered=True)[0]
     lineage.add(done, call.decode())
     responses.keep(done.dialect, done.wire)

@@ -141,7 +141,7 @@ def summary(call: Call, done: Replay) -> dict[str, Any]:
     """The canonical request and the outcome; tools by name only, since the upstream body has them whole."""
     request = msgspec.to_builtins(call.decode())
     request["tools"] = [tool.engine_name for tool in call.decode().tools]
-    record = done.exchange.record(delivered=True)
+    record = done.exchange.records(delivered=True)[0]
     return {
         "status": record.status,
         "role": record.role,
