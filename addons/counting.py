@@ -14,6 +14,7 @@ from polar_mitm.dialects.windows import scale_for
 from polar_mitm.errors import UNREADABLE, PolarError
 from polar_mitm.types import Sampling
 from polar_mitm.upstream import vllm
+from polar_mitm.upstream.refusals import rejection
 from polar_mitm.upstream.render import Lookup, render, rendered
 from polar_mitm_addons.capture import Capture, Session
 
@@ -65,7 +66,7 @@ async def _num_tokens(capture: Capture, chat: bytes) -> int:
                 return msgspec.json.decode(tokens, type=_Count).count
             except UNREADABLE as error:
                 raise PolarError("overloaded", f"the engine's tokens: {error}") from error
-    raise vllm.rejection(status, answer, capture.settings.retry_after_s)
+    raise rejection(status, answer, capture.settings.retry_after_s)
 
 
 def _tokenize(chat: bytes) -> Lookup:

@@ -32,7 +32,9 @@ from polar_mitm.sent import Sent
 from polar_mitm.types import CallStatus, ChatRequest, Completion, ModelCall, Wire
 from polar_mitm.upstream import vllm
 from polar_mitm.upstream.engine import EngineInfo
+from polar_mitm.upstream.refusals import rejection
 from polar_mitm.upstream.render import Answers
+from polar_mitm.upstream.vllm_stream import ChatStream
 
 Step = UpstreamRequest | Reply | Lookups
 
@@ -66,7 +68,7 @@ class Exchange:
         self._engine = engine
         self._settings = settings
         self._clock = clock
-        self._stream = vllm.ChatStream()
+        self._stream = ChatStream()
         self._encoder: StreamEncoder | None = None
         self._request: ChatRequest | None = None
         self._scale = Scale()
@@ -124,7 +126,7 @@ class Exchange:
         call.stream = request.stream
         call.notes = [*request.notes, *vllm.notes(request)]
         self._request = request
-        self._stream = vllm.ChatStream(request.n, request.top_logprobs)
+        self._stream = ChatStream(request.n, request.top_logprobs)
         self._choices.expect(request.n)
         return self._asking.first(request)
 
@@ -202,7 +204,7 @@ class Exchange:
 
     def reject(self, status: int, body: bytes) -> Reply | UpstreamRequest:
         """The engine answered with an HTTP error: what to ask it instead, or how the call ends."""
-        error = vllm.rejection(status, body, self._settings.retry_after_s)
+        error = rejection(status, body, self._settings.retry_after_s)
         return self._asking.again(status, error) or self._reply("failed", error)
 
     def fail(self, error: PolarError) -> bytes | Reply:

@@ -19,8 +19,10 @@ import msgspec
 from polar_mitm.errors import EngineUnfit, PolarError
 from polar_mitm.types import Delta
 from polar_mitm.upstream.engine import EngineInfo, Template
+from polar_mitm.upstream.refusals import rejection
 from polar_mitm.upstream.render import RENDER_PATH, learnt, rendered, template_probes, with_prompt
-from polar_mitm.upstream.vllm import CHAT_PATH, ChatStream, rejection
+from polar_mitm.upstream.vllm import CHAT_PATH
+from polar_mitm.upstream.vllm_stream import ChatStream
 
 logger = logging.getLogger(__name__)
 

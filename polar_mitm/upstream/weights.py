@@ -33,7 +33,7 @@ import msgspec
 from msgspec import Struct
 
 from polar_mitm.errors import WeightsError
-from polar_mitm.upstream.vllm import error_text
+from polar_mitm.upstream.refusals import error_text
 from polar_mitm.upstream.weight_files import check_adapter, check_model
 
 Mode = Literal["keep", "wait", "abort"]

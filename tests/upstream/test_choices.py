@@ -24,7 +24,8 @@ from polar_mitm.types import (
     Usage,
 )
 from polar_mitm.upstream.engine import EngineInfo
-from polar_mitm.upstream.vllm import ChatStream, build_body, notes
+from polar_mitm.upstream.vllm import build_body, notes
+from polar_mitm.upstream.vllm_stream import ChatStream
 from tests.support.engine_bytes import PROMPT_IDS, events, sampled, split
 
 USER = Message("user", [TextPart("go")])

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from polar_mitm.conformance.scripts import Answer
 from polar_mitm.errors import Overflow, PolarError
 from polar_mitm.types import Delta, ToolCallDelta, Usage
-from polar_mitm.upstream.vllm import ChatStream, rejection
+from polar_mitm.upstream.refusals import rejection
+from polar_mitm.upstream.vllm_stream import ChatStream
 from tests.support.engine_bytes import PROMPT_IDS, events, sampled, split
 
 answers = st.builds(
