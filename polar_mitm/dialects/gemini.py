@@ -1,7 +1,7 @@
 """The Gemini API: `POST /v1beta/models/MODEL:generateContent` and `:streamGenerateContent`, every version.
 
-Source: ai.google.dev/api/generate-content. Decoding lives in `gemini_request` and `gemini_tools`, what we
-answer in `gemini_answer`.
+Source: ai.google.dev/api/generate-content. Decoding lives in `gemini_request`, `gemini_history` and
+`gemini_tools`, what we answer in `gemini_answer`.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ _COMPACT = (
     "every detail needed to go on. Answer with the summary only, and call no tool."
 )
 _SUMMARY = "Summary of the conversation so far:\n\n"
-_UNREADABLE = "[an earlier part of the conversation was compacted; its summary cannot be read here]"
+_UNREADABLE_SUMMARY = "[an earlier part of the conversation was compacted; its summary cannot be read here]"
 
 _ECHOED = ("metadata", "truncation", "user", "safety_identifier", "prompt_cache_key", "service_tier")
 
@@ -207,7 +207,7 @@ class _History:
         sealed = unseal(item.encrypted_content) if item.encrypted_content else None
         if sealed is None or sealed.text is None:
             self._notes["placeholder:compaction"] = None
-            self._say("user", [TextPart(_UNREADABLE)])
+            self._say("user", [TextPart(_UNREADABLE_SUMMARY)])
         else:
             self._say("user", [TextPart(_SUMMARY + sealed.text)])
             self._messages[-1].minted_ids.append(minted("msg", sealed.call_id))
