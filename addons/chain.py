@@ -42,6 +42,7 @@ class Chain:
     def __init__(self, capture: Capture, model_calls: Callable[[Capture], ModelCalls] = Intercept) -> None:
         self.capture = capture
         self.streaming = Streaming(capture.settings.max_body_bytes)
+        self.identify = Identify(capture)
         self.listeners = Listeners(capture)
         self.intercept = model_calls(capture)
         self.websockets = WebSockets(capture, self.intercept)
@@ -50,7 +51,7 @@ class Chain:
         self.addons: list[Any] = [
             self.streaming,
             Egress(),
-            Identify(capture),
+            self.identify,
             self.intercept,
             self.websockets,
             Stubs(capture),

@@ -128,7 +128,9 @@ class Interceptor(Serving):
             core.Core(), proxyserver.Proxyserver(), next_layer.NextLayer(), tlsconfig.TlsConfig(), self.chain
         )
         self.chain.listeners.handler = direct_handler(self._master)
-        self.chain.streaming.stream_type.announce = False  # none of these addons looks at answers
+        streams = self.chain.streaming.stream_type
+        streams.announce = False  # none of these addons looks at answers
+        streams.identify = staticmethod(self.chain.identify.requestheaders)
         # Naming the directory makes TlsConfig create the CA in it.
         self._master.options.update(server=False, confdir=self._confdir.name, **OPTIONS)
         self.ca_pem = (Path(self._confdir.name) / "mitmproxy-ca-cert.pem").read_bytes()

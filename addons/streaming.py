@@ -13,7 +13,9 @@ the connection to an `Upgraded`, which `send`s what it has to say.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +41,8 @@ from mitmproxy.proxy.layers.http import (
     ResponseHeaders,
     SendHttp,
 )
+
+logger = logging.getLogger(__name__)
 
 ANSWER = "polar_answer"
 """`flow.metadata` key: the `Answer` to stream after the head of `flow.response`."""
@@ -111,10 +115,13 @@ class AnswerStream(HttpStream):
     """One request and its answer, which an addon may stream.
 
     `announce`: run the hooks `responseheaders` and `response`, for addons that want to see answers.
+    `identify`: called at once in place of the hook `requestheaders`, which takes a task and a turn of the
+    event loop; for where no other addon answers that hook.
     """
 
     body_limit = 0
     announce = True
+    identify: Callable[[http.HTTPFlow], None] | None = None
 
     def handle_event(self, event: events.Event) -> CommandGenerator[None]:
         # While a hook is awaited, mitmproxy keeps all events for later; this one cannot wait.
@@ -126,6 +133,20 @@ class AnswerStream(HttpStream):
         if isinstance(event, AnswerData):
             return self.state_answer(event)
         return super()._handle_event(event)
+
+    def state_wait_for_request_headers(self, event: events.Event) -> CommandGenerator[None]:
+        stock, reply = super().state_wait_for_request_headers(event), None
+        with contextlib.suppress(StopIteration):
+            while True:
+                command = stock.send(reply)
+                if self.identify is None or not isinstance(command, HttpRequestHeadersHook):
+                    reply = yield command
+                    continue
+                reply = None
+                try:
+                    self.identify(self.flow)
+                except Exception:  # as after a hook that fails
+                    logger.exception("a request was not identified")
 
     def state_consume_request_body(self, event: events.Event) -> CommandGenerator[None]:
         if self.announce or not isinstance(event, RequestEndOfMessage):
