@@ -51,8 +51,8 @@ def build_body(request: ChatRequest, sampling: Sampling, engine: EngineInfo) -> 
     if sampling.stop:
         body["stop"] = sampling.stop
     if request.tools:
-        body["tools"] = [_tool(t) for t in request.tools]
         choice = request.tool_choice
+        body["tools"] = [_tool(t, strict=_calls(request)) for t in request.tools]
         body["tool_choice"] = (
             {"type": "function", "function": {"name": choice.name}} if choice.mode == "tool" else choice.mode
         )
@@ -77,7 +77,7 @@ def notes(request: ChatRequest) -> list[str]:
     found = []
     if request.response_schema is not None:
         found.append("unguided:json_schema" if _may_call(request) else "guided:json_schema")
-    if request.tools and request.tool_choice.mode in ("required", "tool"):
+    if _calls(request):
         found.append("guided:tool_choice")
     if (request.top_logprobs or 0) > MAX_TOP_LOGPROBS:
         found.append("capped:top_logprobs")
@@ -88,13 +88,23 @@ def _may_call(request: ChatRequest) -> bool:
     return bool(request.tools) and request.tool_choice.mode != "none"
 
 
+def _calls(request: ChatRequest) -> bool:
+    return bool(request.tools) and request.tool_choice.mode in ("required", "tool")
+
+
 def _top_logprobs(request: ChatRequest) -> int:
     # vLLM counts the sampled token, which it puts first: one more, and the likeliest are all there.
     return min(request.top_logprobs + 1, MAX_TOP_LOGPROBS) if request.top_logprobs else 0
 
 
-def _tool(tool: Tool) -> dict[str, Any]:
-    function = {"name": tool.engine_name, "description": tool.description, "parameters": tool.parameters}
+def _tool(tool: Tool, *, strict: bool) -> dict[str, Any]:
+    function: dict[str, Any] = {
+        "name": tool.engine_name,
+        "description": tool.description,
+        "parameters": tool.parameters,
+    }
+    if strict:  # else vLLM's grammar for a call that must come takes any JSON as arguments, even null
+        function["strict"] = True
     return {"type": "function", "function": function}
 
 

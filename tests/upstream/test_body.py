@@ -201,7 +201,11 @@ def test_tools() -> None:
     ],
 )
 def test_tool_choice(choice: ToolChoice, wire: Any) -> None:
-    assert body(tools=[Tool("read", namespace="mcp__fs")], tool_choice=choice)["tool_choice"] == wire
+    sent = body(tools=[Tool("read", namespace="mcp__fs")], tool_choice=choice)
+    assert sent["tool_choice"] == wire
+    # A call that must come has the arguments that the tool asks for.
+    forced = choice.mode in ("required", "tool")
+    assert [tool["function"].get("strict", False) for tool in sent["tools"]] == [forced]
     assert "tool_choice" not in body(tool_choice=choice)  # engines refuse a choice among nothing
 
 
