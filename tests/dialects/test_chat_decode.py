@@ -16,6 +16,7 @@ from polar_mitm.dialects.openai_chat import OpenAIChat
 from polar_mitm.dialects.registry import DIALECTS
 from polar_mitm.errors import PolarError
 from polar_mitm.types import ChatRequest, ImagePart, Message, Sampling, TextPart, ToolCall, ToolChoice
+from tests.dialects.wild import any_json
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "chat"
 A, B = "01JD0Z6Q3W8F4M2N5P7R9T1V3X", "01JD0Z7A5Y9G6N3P8Q2S4W6Z8B"
@@ -510,12 +511,7 @@ _WORDS = re.findall(
     "allowed_tools json_object json_schema web_search",
 )
 _WORDS += [minted("call", A, 0), ""]
-_leaf = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.sampled_from(_WORDS)
-_json = st.recursive(
-    _leaf,
-    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(_KEYS), v, max_size=5),
-    max_leaves=20,
-)
+_json = any_json(_KEYS, _WORDS)
 _top = st.sampled_from(
     re.findall(
         r"\w+",

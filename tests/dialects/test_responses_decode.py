@@ -15,6 +15,7 @@ from polar_mitm.dialects.openai_responses import OpenAIResponses
 from polar_mitm.dialects.roles import caller
 from polar_mitm.errors import PolarError
 from polar_mitm.types import ChatRequest, ImagePart, Message, Sampling, TextPart, ToolCall, ToolChoice
+from tests.dialects.wild import any_json
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "responses"
 A, B = "01JD0Z6Q3W8F4M2N5P7R9T1V3X", "01JD0Z7A5Y9G6N3P8Q2S4W6Z8B"
@@ -541,14 +542,12 @@ _WORDS = re.findall(
     "input_text input_image encrypted_content grammar web_search_call",
 )
 _WORDS += [seal(new_id(), "x"), ""]
-_leaf = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.sampled_from(_WORDS)
-_json = st.recursive(
-    _leaf,
-    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(_KEYS), v, max_size=5),
-    max_leaves=20,
-)
+_json = any_json(_KEYS, _WORDS)
 _top = st.sampled_from(
-    ["tools", "tool_choice", "instructions", "text", "reasoning", "max_output_tokens", "stream"]
+    re.findall(
+        r"\w+",
+        "tools tool_choice instructions text reasoning max_output_tokens stream store metadata truncation user",
+    )
 )
 
 
