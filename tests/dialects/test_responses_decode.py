@@ -546,7 +546,8 @@ _json = any_json(_KEYS, _WORDS)
 _top = st.sampled_from(
     re.findall(
         r"\w+",
-        "tools tool_choice instructions text reasoning max_output_tokens stream store metadata truncation user",
+        "tools tool_choice instructions text reasoning max_output_tokens stream store metadata "
+        "truncation user",
     )
 )
 
