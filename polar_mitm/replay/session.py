@@ -88,14 +88,11 @@ class Replay:
         self._rollout_id = rollout_id
         self._recording = Recording(calls, rules)
         self._cut_off = cut_off
-        self._fork_at = fork_at
         forked = next((call for call in calls if call.call_id == fork_at), None)
-        if forked is not None:
-            self._fork_at = forked.answer_of or fork_at
-        seqs = [] if forked is None else [forked.seq]
-        if fork_at is not None and not seqs:
+        if fork_at is not None and forked is None:
             raise ValueError(f"{fork_at} is no call of rollout {rollout_id}")
-        self._fork_seq = seqs[0] if seqs else None
+        self._fork_at = None if forked is None else forked.answer_of or forked.call_id
+        self._fork_seq = None if forked is None else forked.seq
         self._forked = False
         self._steps: list[Step] = []
 
