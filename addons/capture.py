@@ -65,6 +65,8 @@ class Capture:
     answers: Answers = field(default_factory=Answers)
     default: Session | None = None
     clients: dict[str, Session] = field(default_factory=dict)
+    coming: set[object] = field(default_factory=set)
+    """Calls in flight whose records are still to come."""
     silent: set[str] = field(default_factory=set)
     """Ids of clients that have neither begun TLS nor made a request yet."""
 

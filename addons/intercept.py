@@ -84,6 +84,7 @@ class Intercept:
 
     def _begun(self, call: _Call) -> _Call:
         self._live.add(call)
+        self._capture.coming.add(call)
         call.task.add_done_callback(lambda _: self._live.discard(call))
         return call
 
@@ -296,17 +297,25 @@ class _Call:
         # mitmproxy leaves a flow to the garbage collector, and with it would be left what the flow holds.
         for key in (GONE, ANSWER):
             self._flow.metadata.pop(key, None)
+        self._capture.coming.discard(self)
         if not self._head.done():
             error = None if task.cancelled() else task.exception()
             self._head.set_exception(error or RuntimeError("the call was interrupted"))
 
     async def _record(self, *, delivered: bool) -> None:
+        self._capture.coming.discard(self)
         calls = self._exchange.records(delivered=delivered)
         self.session.num_sampled_tokens += sum(len(call.completion_token_ids) for call in calls)
-        if len(calls) == 1:  # a task of its own costs as much as handing over the record
-            await self._capture.record(self.session, calls[0])
-        else:
-            await asyncio.gather(*(self._capture.record(self.session, call) for call in calls))
+        recording = [self._capture.record(self.session, call) for call in calls]
+        # A task of its own costs as much as handing over the record.
+        recorded = recording[0] if len(recording) == 1 else asyncio.gather(*recording)
+        asyncio.get_running_loop().call_soon(self._flush)  # once they are handed over
+        await recorded
+
+    def _flush(self) -> None:
+        """Where no other call is in flight, the record has no commit to share, and nothing to wait for."""
+        if not self._capture.coming:
+            self._capture.recorder.flush()
 
 
 class _SocketCall(_Call):

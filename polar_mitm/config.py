@@ -62,7 +62,7 @@ class Settings(BaseSettings):
     hosts: dict[Annotated[str, StringConstraints(to_lower=True)], Provider] = Field(
         default_factory=dict, description="more provider hosts: name -> provider"
     )
-    flush_interval_s: float = 0.02  # commits begin at least this far apart; a lone call does not wait
+    flush_interval_s: float = 0.02  # commits begin at least this far apart, unless no other call is in flight
 
     @classmethod
     def settings_customise_sources(

@@ -39,8 +39,9 @@ class Inbox:
         self._max_items, self._max_bytes = max_items, max_bytes
         self._items: deque[Item] = deque()
         self._num_bytes = 0
-        self._changed = threading.Condition()
-        self._poked = False
+        lock = threading.RLock()
+        self._changed, self._hurried = threading.Condition(lock), threading.Condition(lock)
+        self._poked = self._in_a_hurry = False
         self.closed = False
 
     def put(self, item: Item) -> bool:
@@ -58,13 +59,24 @@ class Inbox:
         """What is queued, up to `max_bytes`; waits for an item, a `poke` or the time to pass."""
         with self._changed:
             self._changed.wait_for(lambda: self._poked or (self._items and max_bytes > 0), timeout)
-            self._poked = False
+            self._poked = self._in_a_hurry = False
             taken: list[Item] = []
             while self._items and max_bytes > 0:
                 taken.append(self._items.popleft())
                 max_bytes -= taken[-1].size
                 self._num_bytes -= taken[-1].size
             return taken
+
+    def hurry(self) -> None:
+        """What is queued has waited enough: end the current or the next `pause`."""
+        with self._changed:
+            self._in_a_hurry = bool(self._items)
+            self._hurried.notify()
+
+    def pause(self, timeout: float) -> None:
+        """Let records gather: wait for the time to pass, or until there is reason to `hurry`."""
+        with self._changed:
+            self._hurried.wait_for(lambda: self._in_a_hurry or self.closed, timeout)
 
     def poke(self) -> None:
         """End the current or the next `take`."""
@@ -76,6 +88,7 @@ class Inbox:
         """Take nothing more in."""
         with self._changed:
             self.closed = True
+            self._hurried.notify()
         self.poke()
 
     def __len__(self) -> int:

@@ -43,7 +43,8 @@ class Recorder:
 
     Args:
         path: the store; made with its folder where missing.
-        flush_interval_s: commits begin at least this far apart, so that a burst shares one.
+        flush_interval_s: commits begin at least this far apart, so that a burst shares one; `flush` says
+            that there is none.
         max_pending: records that may wait; one more is refused, and its rollout is incomplete.
         on_alarm: called with one sentence per distinct problem, from any thread.
         share: let other processes read while this one writes.
@@ -132,6 +133,10 @@ class Recorder:
         """Store a verdict. True when durable."""
         return self._submit(r)
 
+    def flush(self) -> None:
+        """Commit what has come at once: nobody else is about to share the commit."""
+        self._inbox.hurry()
+
     def incomplete(self, rollout_id: str) -> str | None:
         """Why the record of a rollout has holes; None when it has none."""
         return self._incomplete.get(rollout_id) or self._rescue_reason
@@ -156,7 +161,7 @@ class Recorder:
                 self._undo(items)
                 self._fail(items, f"recording failed: {error!r}")
             if not self._inbox.closed:
-                time.sleep(max(0.0, began + self._flush_interval_s - time.monotonic()))
+                self._inbox.pause(began + self._flush_interval_s - time.monotonic())
         if self._hold:
             self._compact(force=True)
             self._let_go()

@@ -75,3 +75,20 @@ async def test_a_store_that_fails_in_the_middle_costs_no_answer(url: str, tmp_pa
     assert len(alarms) == 1
     with open_reader(tmp_path / "capture.duckdb") as reader:
         assert len(reader.calls()) == 1
+
+
+async def test_the_last_call_in_flight_does_not_wait_for_others_to_record(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "capture.duckdb", flush_interval_s=3600) as recorder:
+        async with HeldEngine() as engine, rig(engine.url, recorder) as r:
+            box = await r.box()
+            async with box.http() as http:
+                for turn in range(3):
+                    asking = post(http, MESSAGES, text=f"turn {turn}", stream=turn != 1)
+                    (await engine.next()).finish(*events(ANSWER))
+                    await (await asking).read()
+                both_asking = [post(http, MESSAGES, text=f"side {n}") for n in range(2)]
+                for generation in [await engine.next(), await engine.next()]:
+                    generation.finish(*events(ANSWER))
+                for asking in both_asking:
+                    await (await asking).read()
+            assert box.session.incomplete is None and recorder.incomplete("r1") is None

@@ -35,6 +35,9 @@ class MemoryRecorder:
         self._notify()
         return future
 
+    def flush(self) -> None:
+        pass
+
     def rollout(self, rollout: Rollout) -> Future[bool]:
         self.rollouts.append(msgspec.structs.replace(rollout))
         future: Future[bool] = Future()
