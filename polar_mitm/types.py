@@ -176,7 +176,7 @@ class Delta(Struct):
     """What one engine chunk adds. Text may be empty while ids are not: a parser may hold text back.
 
     `choice` is which of the request's `n` answers it belongs to. `shown_logprobs` is filled only where the
-    request asked to see logprobs.
+    request asked to see logprobs, and only with text: they are of its tokens.
     """
 
     text: str = ""

@@ -18,6 +18,7 @@ from polar_mitm.dialects.chat_request import DETAILS
 from polar_mitm.dialects.chat_tools import FUNCTIONS
 from polar_mitm.dialects.custom_tool import unwrap
 from polar_mitm.dialects.ids import minted
+from polar_mitm.dialects.openai_logprobs import logprob_objects
 from polar_mitm.dialects.responses_answer import ERRORS
 from polar_mitm.errors import PolarError
 from polar_mitm.types import ChatRequest, Completion, TokenLogprob, ToolCall
@@ -128,16 +129,7 @@ def finish_word(request: ChatRequest, completion: Completion) -> str:
 
 def logprobs_object(tokens: Iterable[TokenLogprob]) -> _Wire:
     """The `logprobs` of a choice, whole or in part."""
-    return {
-        "content": [{**_token(t), "top_logprobs": [_token(top) for top in t.top]} for t in tokens],
-        "refusal": None,
-    }
-
-
-def _token(token: TokenLogprob) -> _Wire:
-    # JSON has no infinity; the API's word for "next to impossible" is -9999.
-    logprob = token.logprob if token.logprob > -9999.0 else -9999.0
-    return {"token": token.token, "logprob": logprob, "bytes": token.bytes}
+    return {"content": logprob_objects(tokens), "refusal": None}
 
 
 def usage_object(completion: Completion) -> _Wire:

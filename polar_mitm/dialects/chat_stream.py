@@ -121,10 +121,7 @@ class ChatStream:
             pieces.append({"content": text})
         for call in delta.tool_calls:
             pieces += self._call(answer, call)
-        if not pieces and shown:  # tokens that a parser holds back
-            pieces.append({})
-        out = [self._chunk(answer, piece, shown if at == 0 else None) for at, piece in enumerate(pieces)]
-        return b"".join(out)
+        return b"".join(self._chunk(answer, piece, shown if "content" in piece else None) for piece in pieces)
 
     def keepalive(self) -> bytes:
         return b": keepalive\n\n"

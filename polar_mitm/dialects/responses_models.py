@@ -135,6 +135,8 @@ class Request(Struct):
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     reasoning: Reasoning | None = None
     text: Text | None = None
+    include: list[str] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     stream: bool | None = None
     background: bool | None = None
     previous_response_id: str | None = None

@@ -31,6 +31,7 @@ from polar_mitm.types import (
 )
 
 COMPACTION = "mapped:compaction_trigger"
+LOGPROBS = "message.output_text.logprobs"
 """The note of a request that wants its history compacted."""
 
 _COMPACT = (
@@ -41,7 +42,15 @@ _COMPACT = (
 _SUMMARY = "Summary of the conversation so far:\n\n"
 _UNREADABLE_SUMMARY = "[an earlier part of the conversation was compacted; its summary cannot be read here]"
 
-_ECHOED = ("metadata", "truncation", "user", "safety_identifier", "prompt_cache_key", "service_tier")
+_ECHOED = (
+    "metadata",
+    "truncation",
+    "top_logprobs",
+    "user",
+    "safety_identifier",
+    "prompt_cache_key",
+    "service_tier",
+)
 
 _T = TypeVar("_T")
 _request = msgspec.json.Decoder(wire.Request).decode
@@ -82,6 +91,7 @@ def decode(body: bytes) -> ChatRequest:
         sampling=Sampling(asked.temperature, asked.top_p, max_tokens=asked.max_output_tokens),
         stream=bool(asked.stream),
         show_reasoning=bool(summary),
+        top_logprobs=(asked.top_logprobs or 0) if LOGPROBS in (asked.include or ()) else None,
         response_schema=_schema(asked.text.format if asked.text else None),
         notes=list(notes),
         echo=_echo(asked) | {"reasoning": {"effort": reasoning.effort, "summary": summary}},

@@ -18,6 +18,7 @@ import msgspec
 from polar_mitm import sse
 from polar_mitm.dialects.custom_tool import InputUnwrapper
 from polar_mitm.dialects.ids import minted, seal
+from polar_mitm.dialects.openai_logprobs import logprob_objects
 from polar_mitm.dialects.responses_answer import BROKEN_OFF, response_object, stream_error, usage_object
 from polar_mitm.dialects.responses_request import COMPACTION
 from polar_mitm.errors import PolarError
@@ -26,6 +27,7 @@ from polar_mitm.types import (
     Completion,
     Delta,
     Message,
+    TokenLogprob,
     ToolCallDelta,
     engine_tool_name,
 )
@@ -48,7 +50,7 @@ class _Item(ABC):
         event = f"response.{kind}.delta"
         where = f'"item_id":"{self.id}","output_index":{index}{part}'
         self.before = f'event: {event}\ndata: {{"type":"{event}",{where},"delta":'.encode()
-        self.after = b',"logprobs":[],"sequence_number":' if kind == "output_text" else b',"sequence_number":'
+        self.after = b',"sequence_number":'
 
     @abstractmethod
     def wire(self, status: str) -> _Wire:
@@ -58,9 +60,12 @@ class _Item(ABC):
 class _Text(_Item):
     def __init__(self, call_id: str, index: int) -> None:
         super().__init__("output_text", "msg", call_id, index, ',"content_index":0')
+        self.after = b',"logprobs":[],"sequence_number":'
+        self.logprobs: list[_Wire] = []
 
     def part(self) -> _Wire:
-        return {"type": "output_text", "text": "".join(self.text), "annotations": [], "logprobs": []}
+        text = "".join(self.text)
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(self.logprobs)}
 
     def wire(self, status: str) -> _Wire:
         content = [] if status == "in_progress" else [self.part()]
@@ -141,6 +146,7 @@ class ResponsesStream:
         self._num_items = 0
         self._done: dict[int, _Wire] = {}
         self._blank = ""
+        self._shown: list[TokenLogprob] = []  # of text that is not sent yet
         self.response = response_object(request, call_id, created_at)
 
     def start(self) -> bytes:
@@ -149,8 +155,10 @@ class ResponsesStream:
 
     def delta(self, delta: Delta) -> bytes:
         text = delta.text
-        if text and type(self._open) is _Text and not delta.reasoning and not delta.tool_calls:
-            return self._delta(self._open, text)
+        if delta.shown_logprobs:
+            self._shown += delta.shown_logprobs
+        elif text and type(self._open) is _Text and not delta.reasoning and not delta.tool_calls:
+            return self._delta(self._open, text)  # by far the most frequent
         out = self._reasoning(delta.reasoning) if delta.reasoning else b""
         if text:
             out += self._text(text)
@@ -224,7 +232,16 @@ class ResponsesStream:
             self._open = item
             fields = {**item.at, "content_index": 0, "part": item.part()}
             out += self._event("response.content_part.added", fields)
-        return out + (self._delta(self._open, text) if text else b"")
+        return out + (self._text_delta(self._open, text) if text else b"")
+
+    def _text_delta(self, item: _Text, text: str) -> bytes:
+        if not self._shown:
+            return self._delta(item, text)
+        item.text.append(text)
+        logprobs, self._shown = logprob_objects(self._shown), []
+        item.logprobs += logprobs
+        fields = {**item.at, "content_index": 0, "delta": text, "logprobs": logprobs}
+        return self._event("response.output_text.delta", fields)
 
     def _reasoning(self, text: str) -> bytes:
         out = b""
@@ -258,7 +275,8 @@ class ResponsesStream:
         part = item.part()
         if isinstance(item, _Text):
             fields = {**item.at, "content_index": 0}
-            out += self._event("response.output_text.done", {**fields, "text": part["text"], "logprobs": []})
+            said = {"text": part["text"], "logprobs": part["logprobs"]}
+            out += self._event("response.output_text.done", fields | said)
             out += self._event("response.content_part.done", {**fields, "part": part})
         elif item.shown:
             fields = {**item.at, "summary_index": 0}
@@ -331,6 +349,6 @@ def whole(request: ChatRequest, completion: Completion, call_id: str, created_at
         ToolCallDelta(index, engine_tool_name(call.name, call.namespace), call.arguments)
         for index, call in enumerate(answer.tool_calls)
     ]
-    encoder.delta(Delta(answer.text, answer.reasoning or "", calls))
+    encoder.delta(Delta(answer.text, answer.reasoning or "", calls, shown_logprobs=completion.shown_logprobs))
     encoder.finish(completion)
     return encoder.response

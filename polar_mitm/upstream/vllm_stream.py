@@ -99,7 +99,7 @@ _FINISH: dict[str, FinishReason] = {
 class ChatStream:
     """The engine's event stream, bytes in, canonical deltas out. `done` once it has ended properly.
 
-    `n` is how many answers were asked for; with `top_logprobs`, as in `ChatRequest`, deltas bring
+    `n` is how many answers were asked for; with `top_logprobs`, as in `ChatRequest`, deltas with text bring
     `shown_logprobs`.
     """
 
@@ -107,6 +107,7 @@ class ChatStream:
         self._sse = SSEDecoder()
         self._n = n
         self._top = top_logprobs
+        self._held: dict[int, list[TokenLogprob]] = {}
         self.done = False
         self.fingerprint: str | None = None
 
@@ -147,10 +148,19 @@ class ChatStream:
                 if choice is chunk.choices[0]:
                     delta.prompt_token_ids, delta.usage = ids, _usage(chunk.usage)
                 if self._top is not None:
-                    delta.shown_logprobs = _shown(choice, self._top)
+                    delta.shown_logprobs = self._show(delta, _shown(choice, self._top))
                 yield delta
         if too_large is not None:
             raise PolarError("upstream", f"engine stream: {too_large}") from too_large
+
+    def _show(self, delta: Delta, tokens: list[TokenLogprob]) -> list[TokenLogprob]:
+        """Tokens of the text and of the marks around it, not of reasoning or tool calls, as APIs have it."""
+        held = self._held.pop(delta.choice, []) + tokens
+        if delta.text:
+            return held
+        if not delta.reasoning and not delta.tool_calls:
+            self._held[delta.choice] = held  # which of them it is, a parser does not know yet
+        return []
 
 
 def _prompt_ids(raw: msgspec.Raw) -> TokenIds | None:

@@ -566,3 +566,10 @@ def test_any_json_gives_a_request_or_a_bad_request(value: Any, fields: dict[str,
 @given(st.binary(max_size=50))
 def test_any_bytes_give_a_bad_request(body: bytes):
     refused(body)
+
+
+def test_logprobs_are_shown_to_who_includes_them():
+    shown = ["reasoning.encrypted_content", "message.output_text.logprobs"]
+    asked = [{}, {"top_logprobs": 3}, {"include": shown}, {"include": shown, "top_logprobs": 3}]
+    bodies = (json.dumps({"model": "m", "input": "hi", **fields}).encode() for fields in asked)
+    assert [DIALECT.decode(body, {}, "/v1/responses").top_logprobs for body in bodies] == [None, None, 0, 3]

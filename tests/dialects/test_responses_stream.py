@@ -1,6 +1,7 @@
 """Canonical answers to Responses events; the official SDK is the oracle."""
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from polar_mitm.types import (
     Message,
     Sampling,
     TextPart,
+    TokenLogprob,
     Tool,
     ToolCallDelta,
     ToolChoice,
@@ -255,6 +257,30 @@ def test_errors_in_a_stream(kind: ErrorKind, code: str, words: str):
 
 def test_keepalive_sends_nothing():
     assert DIALECT.encoder(request(), CALL, CREATED).keepalive() == b""
+
+
+def test_logprobs_are_of_the_message():
+    one, two = (
+        TokenLogprob(t, p, top=[TokenLogprob("x", -1.0)]) for t, p in (("He", -0.5), ("y", -math.inf))
+    )
+    deltas = [
+        Delta(reasoning="Hm"), Delta("He", shown_logprobs=[one]), Delta("y", shown_logprobs=[two]),
+        call(0, "bash", "{}"),
+    ]  # fmt: skip
+    asked = request(top_logprobs=1)
+    wire = stream_of(asked, deltas)
+    seen, final = rebuilt(wire)
+    given = [[t.token for t in e.logprobs] for e in seen if e.type == "response.output_text.delta"]
+    assert given == [["He"], ["y"]]
+    (done,) = (e for e in seen if e.type == "response.output_text.done")
+    (message,) = (item for item in final.output if item.type == "message")
+    for shown in (done.logprobs, message.content[0].logprobs):
+        assert [(t.token, t.logprob, len(t.top_logprobs)) for t in shown] == [
+            ("He", -0.5, 1),
+            ("y", -9999.0, 1),
+        ]
+    whole = json.loads(DIALECT.encode(asked, completion_of(asked, deltas), CALL, CREATED).body)
+    assert whole["output"] == output(wire)
 
 
 # --- the response object --------------------------------------------------------------------------------

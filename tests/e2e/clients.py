@@ -1,9 +1,9 @@
-"""What the providers' own SDKs do as programs in a sandbox: nothing is told of us, no address, no CA, no proxy.
+"""The providers' own SDKs as programs in a sandbox. They know nothing of us: no address, no CA, no proxy.
 
-    python -m tests.e2e.clients NAME     prints what it got as one JSON document
+    python clients.py NAME     prints what it got as one JSON document
 
-Each makes a whole call, a streamed one by the SDK's helper that goes on from it, several answers with logprobs where
-its API has them, a schema, and a forced tool.
+Each makes a whole call, a streamed one by the SDK's helper that goes on from it, several answers with
+logprobs where its API has them, a schema, and a forced tool.
 """
 
 from __future__ import annotations
@@ -99,8 +99,12 @@ def gemini() -> dict[str, Any]:
     )
     chat.send_message(ASK)
     deltas = [chunk.text or "" for chunk in chat.send_message_stream(GO_ON)]
-    said = [content.role == "model" for content in chat.get_history()]  # one for each chunk of the last answer
-    last = [part for content in chat.get_history()[-said[::-1].index(False) :] for part in content.parts or ()]
+    said = [
+        content.role == "model" for content in chat.get_history()
+    ]  # one for each chunk of the last answer
+    last = [
+        part for content in chat.get_history()[-said[::-1].index(False) :] for part in content.parts or ()
+    ]
 
     def ask(**config: Any) -> types.GenerateContentResponse:
         return client.models.generate_content(

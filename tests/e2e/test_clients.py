@@ -1,4 +1,4 @@
-"""The providers' own SDKs as programs in the sandbox, answered by a real model: what they parse is what was sampled."""
+"""The providers' own SDKs as programs in the sandbox, on a real model: they parse what was sampled."""
 
 from __future__ import annotations
 

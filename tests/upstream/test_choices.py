@@ -119,9 +119,9 @@ def test_the_likeliest_tokens_at_each_place(top: int) -> None:
     asked = body(top_logprobs=top)
     deltas = read(*events(answer, top_logprobs=asked["top_logprobs"]), top=top)
     shown, tokens = [p for d in deltas for p in d.shown_logprobs], sampled(answer)
-    assert (
-        [p.logprob for p in shown] == [t.logprob for t in tokens] == [p for d in deltas for p in d.logprobs]
-    )
+    every = [t.logprob for t in tokens]
+    assert [p for d in deltas for p in d.logprobs] == every == [p.logprob for p in shown]
+    # The end came in one chunk with the last of the text.
     assert bytes(b for p in shown for b in p.bytes or []) == "Hé<|im_end|>".encode()
     for place in shown:
         ranked = [each.logprob for each in place.top]
@@ -139,12 +139,24 @@ def test_an_engine_without_logprobs_shows_none() -> None:
     assert [i for d in deltas for i in d.token_ids] and not any(d.shown_logprobs for d in deltas)
 
 
+def test_only_the_tokens_of_the_text_are_shown() -> None:
+    answer = Answer(text="Hé", reasoning="Hm.", tool_calls=[("f", "{}")], tokens_per_chunk=1)
+    deltas = read(*events(answer, top_logprobs=1), top=1)
+    assert all(d.text for d in deltas if d.shown_logprobs)
+    assert bytes(b for d in deltas for p in d.shown_logprobs for b in p.bytes or []) == "</think>Hé".encode()
+    assert len([p for d in deltas for p in d.logprobs]) == len(sampled(answer))
+
+
 def test_a_token_is_shown_as_the_engine_writes_it() -> None:
     place = {
         "token": "a", "logprob": -2.0, "bytes": [97],
         "top_logprobs": [{"token": "a", "logprob": -2.0, "bytes": [97]}, {"token": "b", "logprob": -0.25}],
     }  # fmt: skip
-    chunk = {"choices": [{"index": 0, "delta": {}, "logprobs": {"content": [place]}, "token_ids": [5]}]}
+    chunk = {
+        "choices": [
+            {"index": 0, "delta": {"content": "a"}, "logprobs": {"content": [place]}, "token_ids": [5]}
+        ]
+    }
     (delta,) = read(b"data: " + json.dumps(chunk).encode() + b"\n\n", top=1)
     assert delta.shown_logprobs == [TokenLogprob("a", -2.0, [97], [TokenLogprob("b", -0.25)])]
     assert delta.logprobs == [-2.0]
