@@ -11,7 +11,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-VERSION = 2
+VERSION = 3
 """Goes up with each change of what `RULES` lists or does."""
 
 How = Literal[
@@ -42,12 +42,17 @@ _DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
 _AGENT = "[0-9a-f]{17}"
 _SESSION = "ses_[0-9a-f]{12}[0-9A-Za-z]{14}"
 _NOTICE = '<subagent_notification>\n{"agent_path":"'
+_DAY = r"\w+, \w+ \d{1,2}, \d{4}"
+_SHELL = r"^Background shell started\.\nid: "
+_SAVED = "^The full output has been saved to: "
+_SAID = "body.contents.*.parts.*.functionResponse.response.output"
 _TURN = "body.client_metadata.x-codex-turn-metadata"
 
 RULES: tuple[Rule, ...] = (
     # Any client.
     Rule("credential", "headers.authorization", "ignore"),
     Rule("credential", "headers.x-api-key", "ignore"),
+    Rule("credential", "headers.x-goog-api-key", "ignore"),
     Rule("length", "headers.content-length", "ignore"),  # of a body that is compared itself
     Rule("request_id", "headers.x-client-request-id", "number", _UUID),
     # Claude Code.
@@ -63,7 +68,7 @@ RULES: tuple[Rule, ...] = (
     Rule("agent_id", "body.messages.**", "number", f"(agentId: ){_AGENT}"),
     Rule("agent_id", "body.messages.**", "number", f"(with to: '){_AGENT}"),
     Rule("task_id", "body.messages.**", "number", "(in background with ID: )[0-9a-z]+"),
-    Rule("task_id", "body.messages.**", "number", "(<task-id>)[0-9a-z]+"),
+    Rule("task_id", "body.messages.**", "number", "(<task-id>)[0-9a-z]+(?=</task-id>)"),
     Rule("task_id", "body.messages.**", "number", r"(/tasks/)[0-9a-z]+(?=\.output)"),
     Rule("user_number", "body.messages.**", "mask", "(/tmp/claude-)[0-9]+"),
     Rule("session_id", "body.messages.**", "number", f"(-workspace/){_UUID}(?=/tasks/)"),
@@ -108,4 +113,24 @@ RULES: tuple[Rule, ...] = (
     # pi.
     Rule("install_path", "body.system.*.text", "mask", r"/\S*(?=/harness/pi-[0-9.]+/node_modules/)"),
     Rule("kernel", "headers.user-agent", "mask", r"(^pi \(linux )[^;]+"),
+    # Qwen Code.
+    Rule("session_id", "body.metadata.sessionId", "number", f"^{_UUID}$"),
+    Rule("session_id", "body.metadata.promptId", "number", f"^{_UUID}(?=#)"),
+    Rule("agent_id", "body.metadata.promptId", "number", "(#[^#]+-)[0-9a-f]{8}(?=#[0-9]+$)"),
+    Rule("date", "body.messages.**", "mask", f"(^Today's date is ){_DAY}"),
+    Rule("date", "body.messages.**", "mask", f"(^The current date is: ){_DAY}"),
+    Rule("process_id", "body.messages.**", "number", rf"({_SHELL}bg_[0-9a-f]{{8}}\npid: )[0-9]+$"),
+    Rule("task_id", "body.messages.**", "number", f"({_SHELL})bg_[0-9a-f]{{8}}$"),
+    Rule("task_id", "body.messages.**", "number", r"(/shell-)bg_[0-9a-f]{8}(?=\.(?:output|status)$)"),
+    Rule("session_id", "body.messages.**", "number", f"(/background-shells/){_UUID}(?=/shell-)"),
+    Rule("session_id", "body.messages.**", "number", f"(/subagents/){_UUID}(?=/agent-)"),
+    Rule("output_id", "body.messages.**", "number", rf"({_SAVED}.+_)[0-9a-f]{{12}}(?=\.output$)"),
+    # Gemini CLI.
+    Rule("installation_id", "headers.x-gemini-api-privileged-user-id", "number", f"^{_UUID}$"),
+    Rule("date", "body.contents.*.parts.*.text", "mask", rf"(^Today's date is ){_DAY}(?= \()"),
+    Rule("process_id", _SAID, "number", r"(^Command moved to background \(PID: )[0-9]+(?=\))"),
+    Rule("process_id", _SAID, "number", r"(^- \[PID )[0-9]+(?=\] [A-Z]+: )"),
+    Rule("process_id", _SAID, "number", "(^Background PIDs: )[0-9, ]+$"),
+    Rule("process_id", _SAID, "number", "(^Process Group PGID: )[0-9]+$"),
+    Rule("session_id", _SAID, "number", f"(/tool-outputs/session-){_UUID}(?=/)"),
 )

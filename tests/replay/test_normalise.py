@@ -17,12 +17,16 @@ U1, U2 = "01a1f848-28fb-74b1-b240-6f287556f98c", "e3631878-cac8-466d-b581-82cae5
 S1, S2 = "ses_e07a1ce74ffenuF9068I586Vy6", "ses_e07a1abdcffeK1KhYeVqD2T6N4"
 MESSAGE, SYSTEM = "body.messages.0.content", "body.system.0.text"
 PROCESS = "Process running with session ID"
+SAID = "body.contents.2.parts.0.functionResponse.response.output"
+SHELL = "Background shell started.\nid: bg_"
+SAVED = "The full output has been saved to: /home/agent/.qwen/tmp/c5/run_shell_command_"
 OUTPUT, OUTPUT_TEXT = "body.input.0.output", "body.input.0.output.0.text"
 
 # Two values of what each pattern names, as the programs sent them.
 EXAMPLES: list[tuple[str, str, Any, Any]] = [
     ("headers.authorization", "credential", "Bearer one", "Bearer two"),
     ("headers.x-api-key", "credential", "one", "two"),
+    ("headers.x-goog-api-key", "credential", "one", "two"),
     ("headers.content-length", "length", "40196", "40195"),
     ("headers.x-claude-code-prev-tool-durations", "duration", "Bash=38,Edit=4", "Bash=37,Edit=5"),
     ("headers.x-claude-code-agent-id", "agent_id", "ad08a0a99dc5ace5e", "a7061e44812804f58"),
@@ -101,6 +105,29 @@ EXAMPLES: list[tuple[str, str, Any, Any]] = [
     (OUTPUT_TEXT, "duration", "Wall time 0.2 seconds\n", "Wall time 11 seconds\n"),
     (OUTPUT_TEXT, "duration", '"wall_time_seconds":7.2e-6,', '"wall_time_seconds":0.1,'),
     (OUTPUT_TEXT, "chunk_id", '{"chunk_id":"c74d39",', '{"chunk_id":"7df8bf",'),
+    ("body.metadata.sessionId", "session_id", U1, U2),
+    ("body.metadata.promptId", "session_id", f"{U1}########0/automatic/6", f"{U2}########0/automatic/6"),
+    ("body.metadata.promptId", "agent_id", f"{U1}#an-agent-73bfa6b3#0", f"{U1}#an-agent-9b6ad450#0"),
+    (MESSAGE, "date", "Today's date is Friday, May 1, 2026.\n", "Today's date is Sunday, June 14, 2026.\n"),
+    (MESSAGE, "date", "The current date is: Friday, May 1, 2026", "The current date is: Sunday, May 3, 2026"),
+    (MESSAGE, "process_id", f"{SHELL}c5e5688c\npid: 47\n", f"{SHELL}c5e5688c\npid: 56\n"),
+    (MESSAGE, "task_id", f"{SHELL}c5e5688c\n", f"{SHELL}0d5d2ffa\n"),
+    (MESSAGE, "task_id", "file: /a/shell-bg_c5e5688c.output\n", "file: /a/shell-bg_0d5d2ffa.output\n"),
+    (MESSAGE, "session_id", f"/background-shells/{U1}/shell-a", f"/background-shells/{U2}/shell-a"),
+    (MESSAGE, "session_id", f"/subagents/{U1}/agent-a", f"/subagents/{U2}/agent-a"),
+    (MESSAGE, "output_id", f"{SAVED}fc3587617e31.output\n", f"{SAVED}8cc1bf38d856.output\n"),
+    ("headers.x-gemini-api-privileged-user-id", "installation_id", U1, U2),
+    (
+        "body.contents.0.parts.0.text",
+        "date",
+        "Today's date is Friday, November 20, 2026 (formatted",
+        "Today's date is Monday, December 7, 2026 (formatted",
+    ),
+    (SAID, "process_id", "Command moved to background (PID: 33).", "Command moved to background (PID: 4)."),
+    (SAID, "process_id", "- [PID 31] RUNNING: `sleep 2`", "- [PID 4] RUNNING: `sleep 2`"),
+    (SAID, "process_id", "Background PIDs: 41, 42\n", "Background PIDs: 43, 44\n"),
+    (SAID, "process_id", "Output: hi\nProcess Group PGID: 36\n", "Output: hi\nProcess Group PGID: 4\n"),
+    (SAID, "session_id", f"/tool-outputs/session-{U1}/a", f"/tool-outputs/session-{U2}/a"),
 ]  # fmt: skip
 
 
@@ -152,6 +179,40 @@ def test_ids_that_were_equal_have_to_stay_equal() -> None:
     mixed = wire({"prompt_cache_key": U1}, session_id=U2)
     assert tree(normalise(same)) == tree(normalise(also)) != tree(normalise(mixed))
     assert normalise(same).rules == ["cache_key", "session_id"]
+
+
+@pytest.mark.parametrize(
+    ("where", "one", "other"),
+    [
+        ("body.metadata.session", U1, U2),
+        ("body.metadata.sessionId", f"{U1} ", f"{U2} "),
+        ("body.metadata.promptId", f"{U1}########0", f"{U1}########1"),
+        ("body.metadata.promptId", f"{U1}#general-purpose-{U1}#0", f"{U1}#general-purpose-{U2}#0"),
+        (MESSAGE, "<task-id>agent-call_1</task-id>", "<task-id>worker-call_1</task-id>"),
+        (MESSAGE, "id: bg_c5e5688c\npid: 47\n", "id: bg_c5e5688c\npid: 56\n"),
+        ("body.metadata.promptId", f"{U1}#an-agent-call_73bfa6b3#0", f"{U1}#an-agent-call_9b6ad450#0"),
+        (MESSAGE, "/a/run_shell_command_fc3587617e31.output", "/a/run_shell_command_8cc1bf38d856.output"),
+        (MESSAGE, "It is Friday, November 20, 2026.", "It is Monday, December 7, 2026."),
+        ("headers.x-gemini-api-privileged-user-id", "one", "two"),
+        ("body.contents.0.parts.0.text", "Process Group PGID: 36", "Process Group PGID: 4"),
+        (SAID, "Output: PID 36\nExit Code: 1\n", "Output: PID 36\nExit Code: 4\n"),
+        (SAID, f"session-{U1}", f"session-{U2}"),
+    ],
+)  # fmt: skip
+def test_what_stands_elsewhere_differs(where: str, one: str, other: str) -> None:
+    assert tree(normalise(placed(where, one))) != tree(normalise(placed(where, other)))
+
+
+def test_a_session_is_the_same_wherever_it_is_named() -> None:
+    """Qwen Code names it in the metadata, in the prompt's id and in the paths of its files."""
+
+    def asked(session: str, other: str) -> Wire:
+        text = f"{SHELL}c5e5688c\noutput file: /a/background-shells/{other}/shell-bg_c5e5688c.output\n"
+        metadata = {"sessionId": session, "promptId": f"{session}########0"}
+        return wire({"messages": [{"content": text}], "metadata": metadata})
+
+    assert tree(normalise(asked(U1, U1))) == tree(normalise(asked(U2, U2))) != tree(normalise(asked(U1, U2)))
+    assert tree(normalise(asked(U1, U2))) == tree(normalise(asked(U2, U1)))
 
 
 def test_our_own_ids_are_never_taken_out() -> None:
