@@ -66,7 +66,7 @@ def made_to_look(request: dict[str, Any]) -> dict[str, Any]:
     Its logprobs are then no longer those of the model's own softmax.
     """
     pattern = grammar(request)
-    return {} if pattern is None else {"structured_outputs": {"regex": pattern}}
+    return brief(request) or ({} if pattern is None else {"structured_outputs": {"regex": pattern}})
 
 
 def made_to_speak(request: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +77,18 @@ def made_to_speak(request: dict[str, Any]) -> dict[str, Any]:
     """
     if is_probe(request):
         return {}
-    return {"min_tokens": 4} | ({} if request.get("tools") else {"max_tokens": 16})
+    return brief(request) or {"min_tokens": 4} | ({} if request.get("tools") else {"max_tokens": 16})
+
+
+def brief(request: dict[str, Any]) -> dict[str, Any]:
+    """Has a model come to the end of an object that a schema asks for: harnesses ask again for a cut one."""
+    asked = request.get("response_format")
+    if asked is None:
+        return {}
+    fields = asked["json_schema"]["schema"]["properties"]
+    values = {"integer": "[1-9][0-9]", "string": '"[a-z]{3,9}"'}
+    pattern = ", ".join(f'"{name}": {values[field["type"]]}' for name, field in fields.items())
+    return {"response_format": None, "structured_outputs": {"regex": rf"\{{{pattern}\}}"}}
 
 
 @asynccontextmanager
